@@ -1,0 +1,45 @@
+# make demo   the main job: set everything up, run the quick sweep, draw the figures
+# make test   set everything up and run all tests that need no GPU
+# make lint   format, lint and types
+
+PYTHON ?= python3
+OUT ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint
+
+demo: $(VENV)/installed
+	@echo "== measuring (records go to $(OUT)/records; the same command resumes)"
+	$(BIN)/seqscale cost --preset quick --out $(OUT)
+	@echo "== drawing"
+	$(BIN)/seqscale plot $(OUT)
+	@echo "== table: $(OUT)/cells.csv   figures: $(OUT)/figures"
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/created:
+	@echo "== creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
+	@echo "== installing seqscale and what it needs (PyTorch is large: this can take minutes)"
+	$(INSTALL) --editable .
+	@touch $@
+
+# mamba-ssm is a parity partner: its PyTorch listing of SSD is used, its CUDA extension is not.
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "== installing what the tests need"
+	$(INSTALL) --editable '.[test,dev]' setuptools wheel
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	  $(INSTALL) --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
+	@touch $@

@@ -1,0 +1,1 @@
+"""Measures what each architecture costs and loses as the sequence grows."""

@@ -1,0 +1,234 @@
+"""`seqscale plot`: figures of a run directory, as SVG and PNG.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers differ too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from harness import record
+from harness.record import Measurement
+
+STYLES: dict[str, dict[str, Any]] = {
+    "transformer": {"color": "#D55E00", "marker": "o"},
+    "mamba2": {"color": "#0072B2", "marker": "s"},
+    "rwkv7": {"color": "#009E73", "marker": "^"},
+    "hyena": {"color": "#CC79A7", "marker": "D"},
+}
+OTHER_STYLE: dict[str, Any] = {"color": "#000000", "marker": "x"}
+NAMES = {"transformer": "Transformer", "mamba2": "Mamba-2", "rwkv7": "RWKV-7", "hyena": "Hyena"}
+LEVELS = {"op": "sequence operation", "block": "one block", "model": "whole model"}
+PHASES = {
+    "forward": "forward",
+    "train_step": "training step (forward, backward, AdamW)",
+    "prefill": "prefill",
+}
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "seqscale",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+class NothingToDrawError(Exception):
+    """The run directory holds no record that can be drawn; the message says what to run."""
+
+
+def draw(out: Path) -> list[Path]:
+    """Draw every figure that the records under `out` allow into `out`/figures; their paths.
+
+    Raises:
+        NothingToDrawError: `out` holds no record that can be drawn.
+    """
+    measurements = record.read(out)
+    cells = pd.DataFrame(record.rows(measurements))
+    if cells.empty:
+        raise NothingToDrawError(f"{out} holds no records: run seqscale cost --out {out} first")
+    paths: list[Path] = []
+    with plt.rc_context(SETTINGS):
+        cost = cells[cells["kind"] == "cost"]
+        for names, part in cost.groupby(["level", "phase", "size"]):
+            level, phase, size = map(str, names)
+            if phase == "decode":
+                figure = _decode(part)
+                title = f"Decoding one token, {size}, batch {_one(part['batch'])}"
+            else:
+                figure = _growth(part)
+                title = (
+                    f"{LEVELS[level].capitalize()}, {PHASES[phase]}: {_size(size)}, "
+                    f"batch {_one(part['batch'])}, {_one(part['dtype'])}"
+                )
+            paths += _save(figure, out, f"{level}_{phase}_{size}", title, measurements)
+        runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
+        if runs:
+            title = "Training on real bytes, matched parameters"
+            paths += _save(_losses(runs), out, "training_loss", title, measurements)
+    if not paths:
+        raise NothingToDrawError(f"{out} holds no finished cell to draw")
+    return paths
+
+
+def _growth(part: pd.DataFrame) -> Figure:
+    """Time a sequence and peak memory against length, with reference slopes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
+    good = part[part["status"] == "ok"]
+    for arch, mine in _by_arch(good):
+        style = STYLES.get(arch, OTHER_STYLE)
+        time = mine["time_ms_p50"] / mine["batch"]
+        below, above = (
+            (time - mine["time_ms_p20"] / mine["batch"]).clip(lower=0),
+            (mine["time_ms_p80"] / mine["batch"] - time).clip(lower=0),
+        )
+        left.errorbar(
+            mine["seq_len"], time, yerr=[below, above], label=_name(arch), capsize=2, ms=5, **style
+        )
+        right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
+    _reference_slopes(left, good)
+    left.set_ylabel("time a sequence, ms (median, 20th to 80th percentile)")
+    right.set_ylabel("peak memory above inputs and weights, MiB")
+    for axes in (left, right):
+        _length_axis(axes, sorted(part["seq_len"].unique()), "sequence length T, tokens")
+        axes.set_yscale("log")
+        _plain_numbers(axes)
+    left.legend()
+    return figure
+
+
+def _reference_slopes(axes: Axes, good: pd.DataFrame) -> None:
+    """Dotted lines of slope n, n log n and n squared from below the fastest first point."""
+    lengths = np.array(sorted(good["seq_len"].unique()), dtype=float)
+    first = good[good["seq_len"] == lengths[0]]
+    start = 0.6 * float((first["time_ms_p50"] / first["batch"]).min())
+    top = 1.5 * float((good["time_ms_p80"] / good["batch"]).max())
+    laws = {
+        "n": lengths,
+        "n log n": lengths * np.log(lengths),
+        "n²": lengths**2,
+    }
+    for name, law in laws.items():
+        line = start * law / law[0]
+        inside = line <= top
+        axes.plot(lengths[inside], line[inside], color="0.55", lw=0.9, ls=":", zorder=0)
+        axes.annotate(
+            name,
+            (lengths[inside][-1], line[inside][-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color="0.4",
+            fontsize=8,
+            va="center",
+        )
+
+
+def _decode(part: pd.DataFrame) -> Figure:
+    """Time a token and state bytes against the position in the sequence."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
+    for arch, mine in _by_arch(part[part["status"] == "ok"]):
+        style = STYLES.get(arch, OTHER_STYLE)
+        left.plot(mine["position"], mine["time_ms_p50"], label=_name(arch), ms=5, **style)
+        right.plot(mine["position"], mine["state_bytes"] / 2**20, label=_name(arch), ms=5, **style)
+    left.set_ylabel("time a token, ms (median)")
+    right.set_ylabel("state, MiB (exact)")
+    for axes in (left, right):
+        _length_axis(axes, sorted(part["position"].unique()), "position, tokens already read")
+        axes.set_yscale("log")
+        _plain_numbers(axes)
+    left.legend()
+    return figure
+
+
+def _losses(runs: list[Measurement]) -> Figure:
+    """The training loss of every step."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for run in sorted(runs, key=lambda m: _rank(m.case.arch)):
+        losses = run.samples["train_loss_bits_per_byte"]
+        style = STYLES.get(run.case.arch, OTHER_STYLE)
+        params = float(run.metrics["params"] or 0) / 1e6
+        label = f"{_name(run.case.arch)}, {params:.3f} M parameters"
+        axes.plot(range(1, 1 + len(losses)), losses, label=label, markevery=10, ms=5, **style)
+    case = runs[0].case
+    axes.set_xlabel(f"training step ({case.batch} sequences of {case.seq_len} bytes each)")
+    axes.set_ylabel("training loss, bits a byte")
+    axes.legend()
+    return figure
+
+
+def _save(
+    figure: Figure, out: Path, name: str, title: str, measurements: list[Measurement]
+) -> list[Path]:
+    """Title, footer and both file types; the SVG is the same for the same records."""
+    figure.suptitle(title, fontsize=10)
+    figure.text(0.01, 0.005, _footer(measurements), fontsize=6, color="0.35", va="bottom")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    (out / "figures").mkdir(exist_ok=True)
+    paths = [out / "figures" / f"{name}.{kind}" for kind in ("svg", "png")]
+    figure.savefig(paths[0], metadata={"Date": None})
+    figure.savefig(paths[1], dpi=150)
+    plt.close(figure)
+    return paths
+
+
+def _footer(measurements: list[Measurement]) -> str:
+    """Device, versions and commit of the records; several of one are all named."""
+
+    def values(key: str) -> str:
+        found = sorted({str(m.environment.get(key)) for m in measurements})
+        return ", ".join(found)
+
+    commits = {(m.environment.get("commit") or "none")[:10] for m in measurements}
+    dirty = any(m.environment.get("dirty") for m in measurements)
+    commit = ", ".join(sorted(commits)) + (" (uncommitted changes)" if dirty else "")
+    return (
+        f"{values('device')}, {values('threads')} threads · torch {values('torch')} · "
+        f"Python {values('python')} · commit {commit} · seqscale cost, seqscale plot"
+    )
+
+
+def _by_arch(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    along = "position" if cells["position"].notna().any() else "seq_len"
+    archs = sorted(cells["arch"].unique(), key=_rank)
+    return [(a, cells[cells["arch"] == a].sort_values(along)) for a in archs]
+
+
+def _rank(arch: str) -> tuple[int, str]:
+    known = list(STYLES)
+    return (known.index(arch) if arch in known else len(known), arch)
+
+
+def _name(arch: str) -> str:
+    return NAMES.get(arch, arch)
+
+
+def _size(size: str) -> str:
+    return f"width {size[1:]}" if size.startswith("d") else f"{size} parameters"
+
+
+def _one(column: pd.Series) -> str:
+    return ", ".join(str(v) for v in column.unique())
+
+
+def _length_axis(axes: Axes, lengths: list[Any], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{int(n):,}" for n in lengths], rotation=30, ha="right")
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,147 @@
+"""Model sizes: a width, or a parameter count that every architecture is matched to."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+TOLERANCE = 0.01  # a matched size misses its target by at most this share
+MLP_STEP = 8  # MLP widths are multiples of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What the solver may choose for an architecture, and its customary proportions."""
+
+    head_dims: tuple[int, ...] = (1,)  # best first; 1: the blocks have no heads
+    width_step: float  # widths are multiples of this times the head size
+    aspect: float  # customary width over depth
+    mlp_ratio: float | None = None  # customary MLP width over width; None: no MLP
+
+
+# Proportions of GPT-2 small and Llama's SwiGLU (2302.13971); Mamba-2 130M, whose inner width is
+# twice D (2405.21060); RWKV-7 0.1B (2503.14456); Hyena 153M (2302.10866).
+SCALING: dict[str, Scaling] = {
+    "transformer": Scaling(head_dims=(64, 32), width_step=1, aspect=64, mlp_ratio=8 / 3),
+    "mamba2": Scaling(head_dims=(64, 32), width_step=0.5, aspect=32),
+    "rwkv7": Scaling(head_dims=(64, 32), width_step=1, aspect=64, mlp_ratio=4),
+    "hyena": Scaling(width_step=16, aspect=48, mlp_ratio=4),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width, depth and further `Config` fields of a model."""
+
+    width: int
+    depth: int
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SizeMatch:
+    """A shape whose parameter count comes near a target, and by how much it misses."""
+
+    arch: str
+    shape: Shape
+    params: int
+    residual: float  # params / target - 1
+
+
+def parse_size(size: str) -> tuple[str, int]:
+    """("width", 256) for "d256", ("params", 1000000) for "1M"; ValueError for anything else."""
+    if match := re.fullmatch(r"d([1-9]\d*)", size):
+        return "width", int(match[1])
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size):
+        return "params", round(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
+    raise ValueError(f"unknown size {size!r}: write d256 for a width or 1M for matched parameters")
+
+
+def shape_of(arch: str, size: str, *, depth: int = 2) -> Shape:
+    """The shape that a case's `size` names; `depth` holds where it is a width."""
+    what, number = parse_size(size)
+    return Shape(number, depth) if what == "width" else match_sizes(number, [arch])[arch].shape
+
+
+def match_sizes(
+    target_params: int, archs: Sequence[str] = tuple(SCALING), *, vocab_size: int = 256
+) -> dict[str, SizeMatch]:
+    """The shapes at which architectures have `target_params` parameters, embedding and head too.
+
+    Among all shapes within 1 % of the target the one nearest the architecture's customary
+    proportions is taken; the residual mismatch is in the result.
+
+    Raises:
+        ValueError: an architecture without a row in `SCALING`, or a target no shape comes near.
+    """
+    return {arch: _match(arch, target_params, vocab_size) for arch in archs}
+
+
+@cache
+def _match(arch: str, target: int, vocab_size: int) -> SizeMatch:
+    if arch not in SCALING:
+        raise ValueError(f"no row for {arch!r} in harness.sizes.SCALING: give a width, as d256")
+    for head_dim in SCALING[arch].head_dims:
+        near = [
+            (strangeness, match)
+            for strangeness, match in _candidates(arch, target, vocab_size, head_dim)
+            if abs(match.residual) <= TOLERANCE
+        ]
+        if near:
+            return min(near, key=lambda pair: pair[0])[1]
+    raise ValueError(f"no {arch} within 1 % of {target} parameters: choose another size")
+
+
+def _candidates(
+    arch: str, target: int, vocab_size: int, head_dim: int
+) -> Iterator[tuple[float, SizeMatch]]:
+    """Shapes near the target, each with its distance from customary proportions."""
+    row = SCALING[arch]
+    step = round(row.width_step * head_dim)
+    fields = {} if head_dim == 1 else {"head_dim": head_dim}
+    # Blocks have 6 to 12 D^2 parameters: this lies near the width of customary proportions.
+    middle = (target * row.aspect / 10) ** (1 / 3)
+    for width in range(step, math.ceil(2 * middle) + step, step):
+        if width < middle / 2:
+            continue
+        for depth in range(1, 1 + math.ceil(4 * width / row.aspect)):
+            strangeness = abs(math.log(width / depth / row.aspect))
+            params = _params(arch, width, depth, vocab_size, **fields)
+            extra = {}
+            if row.mlp_ratio is not None:
+                customary = MLP_STEP * round(row.mlp_ratio * width / MLP_STEP)
+                params, more = (
+                    _params(arch, width, depth, vocab_size, mlp_width=m, **fields)
+                    for m in (customary, customary + MLP_STEP)
+                )
+                steps = round((target - params) / (more - params))
+                params += steps * (more - params)
+                mlp_width = customary + steps * MLP_STEP
+                if not customary / 2 <= mlp_width <= 2 * customary:
+                    continue
+                strangeness += abs(math.log(mlp_width / customary))
+                extra = {"mlp_width": mlp_width}
+            shape = Shape(width, depth, {**fields, **extra})
+            yield strangeness, SizeMatch(arch, shape, params, params / target - 1)
+
+
+def _params(arch: str, width: int, depth: int, vocab_size: int, **fields: Any) -> int:
+    """Parameters of a model: only a stack's first block may differ from the others."""
+    first, later, norm = _block_params(arch, width, **fields)
+    return 2 * vocab_size * width + first + (depth - 1) * later + norm
+
+
+@cache
+def _block_params(arch: str, width: int, **fields: Any) -> tuple[int, int, int]:
+    """Parameters of the first block, of any later one, and of the norm before the head."""
+    import torch
+
+    from archs import build_block
+
+    with torch.device("meta"):
+        blocks = [build_block(arch, width=width, layer_index=i, depth=2, **fields) for i in (0, 1)]
+        modules = (*blocks, blocks[0].final_norm())
+    first, later, norm = (sum(p.numel() for p in module.parameters()) for module in modules)
+    return first, later, norm
