@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from archs.ops import BackendUnavailableError
 from harness import record, timing
 from harness.record import Case, Measurement
+from harness.sweep import CHOICES, in_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,12 +57,19 @@ def run(
 
 
 def frame(out: Path) -> pd.DataFrame:
-    """All cells recorded under `out`, one row each, sorted by what was asked."""
+    """All cells recorded under `out`, one row each, in the order of the menu and of length."""
     import pandas as pd
 
-    order = ["kind", "level", "phase", "size", "arch", "seq_len", "position"]
     table = pd.DataFrame(record.rows(record.read(out)))
-    return table.sort_values(order, ignore_index=True) if len(table) else table
+    if table.empty:
+        return table
+    ranks = {**CHOICES, "arch": in_order(table["arch"])}
+
+    def rank(column: pd.Series) -> pd.Series:
+        return column.map(ranks[name].index) if (name := str(column.name)) in ranks else column
+
+    order = ["kind", "level", "phase", "size", "arch", "seq_len", "position"]
+    return table.sort_values(order, key=rank, ignore_index=True)
 
 
 def _attempt(case: Case, environment: dict) -> Measurement:

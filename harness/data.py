@@ -3,6 +3,7 @@
 Whole files are documents; each goes to training or validation by the hash of its name.
 """
 
+import functools
 import hashlib
 import sysconfig
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Corpus:
         return windows[:, :-1], windows[:, 1:]
 
 
+@functools.cache
 def python_source() -> Corpus:
     """The Python files of the standard library and of torch, tests left out."""
     library, torch_package = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
 from harness.record import Measurement
+from harness.sweep import in_order
 
 STYLES: dict[str, dict[str, Any]] = {
     "transformer": {"color": "#D55E00", "marker": "o"},
@@ -67,7 +68,10 @@ def draw(out: Path) -> list[Path]:
             level, phase, size = map(str, names)
             if phase == "decode":
                 figure = _decode(part)
-                title = f"Decoding one token, {size}, batch {_one(part['batch'])}"
+                title = (
+                    f"Decoding one token, whole model: {_size(size)}, "
+                    f"batch {_one(part['batch'])}, {_one(part['dtype'])}"
+                )
             else:
                 figure = _growth(part)
                 title = (
@@ -90,17 +94,10 @@ def _growth(part: pd.DataFrame) -> Figure:
     good = part[part["status"] == "ok"]
     for arch, mine in _by_arch(good):
         style = STYLES.get(arch, OTHER_STYLE)
-        time = mine["time_ms_p50"] / mine["batch"]
-        below, above = (
-            (time - mine["time_ms_p20"] / mine["batch"]).clip(lower=0),
-            (mine["time_ms_p80"] / mine["batch"] - time).clip(lower=0),
-        )
-        left.errorbar(
-            mine["seq_len"], time, yerr=[below, above], label=_name(arch), capsize=2, ms=5, **style
-        )
+        _times(left, mine, "seq_len", arch)
         right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
     _reference_slopes(left, good)
-    left.set_ylabel("time a sequence, ms (median, 20th to 80th percentile)")
+    left.set_ylabel("time a sequence, ms")
     right.set_ylabel("peak memory above inputs and weights, MiB")
     for axes in (left, right):
         _length_axis(axes, sorted(part["seq_len"].unique()), "sequence length T, tokens")
@@ -108,6 +105,20 @@ def _growth(part: pd.DataFrame) -> Figure:
         _plain_numbers(axes)
     left.legend()
     return figure
+
+
+def _times(axes: Axes, mine: pd.DataFrame, along: str, arch: str) -> None:
+    """Medians of the time a sequence (or token), with bars from the 20th to the 80th percentile."""
+    low, middle, high = (mine[f"time_ms_p{q}"] / mine["batch"] for q in (20, 50, 80))
+    axes.errorbar(
+        mine[along],
+        middle,
+        yerr=[middle - low, high - middle],
+        label=_name(arch),
+        capsize=2,
+        ms=5,
+        **STYLES.get(arch, OTHER_STYLE),
+    )
 
 
 def _reference_slopes(axes: Axes, good: pd.DataFrame) -> None:
@@ -141,10 +152,10 @@ def _decode(part: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
     for arch, mine in _by_arch(part[part["status"] == "ok"]):
         style = STYLES.get(arch, OTHER_STYLE)
-        left.plot(mine["position"], mine["time_ms_p50"], label=_name(arch), ms=5, **style)
+        _times(left, mine, "position", arch)
         right.plot(mine["position"], mine["state_bytes"] / 2**20, label=_name(arch), ms=5, **style)
-    left.set_ylabel("time a token, ms (median)")
-    right.set_ylabel("state, MiB (exact)")
+    left.set_ylabel("time a token, ms")
+    right.set_ylabel("state, MiB")
     for axes in (left, right):
         _length_axis(axes, sorted(part["position"].unique()), "position, tokens already read")
         axes.set_yscale("log")
@@ -156,7 +167,8 @@ def _decode(part: pd.DataFrame) -> Figure:
 def _losses(runs: list[Measurement]) -> Figure:
     """The training loss of every step."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for run in sorted(runs, key=lambda m: _rank(m.case.arch)):
+    order = in_order(run.case.arch for run in runs)
+    for run in sorted(runs, key=lambda run: order.index(run.case.arch)):
         losses = run.samples["train_loss_bits_per_byte"]
         style = STYLES.get(run.case.arch, OTHER_STYLE)
         params = float(run.metrics["params"] or 0) / 1e6
@@ -175,7 +187,7 @@ def _save(
     """Title, footer and both file types; the SVG is the same for the same records."""
     figure.suptitle(title, fontsize=10)
     figure.text(0.01, 0.005, _footer(measurements), fontsize=6, color="0.35", va="bottom")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     (out / "figures").mkdir(exist_ok=True)
     paths = [out / "figures" / f"{name}.{kind}" for kind in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None})
@@ -195,6 +207,8 @@ def _footer(measurements: list[Measurement]) -> str:
     dirty = any(m.environment.get("dirty") for m in measurements)
     commit = ", ".join(sorted(commits)) + (" (uncommitted changes)" if dirty else "")
     return (
+        "Times: medians, bars from the 20th to the 80th percentile. Peak memory: resident "
+        "high-water mark. State: exact.\n"
         f"{values('device')}, {values('threads')} threads · torch {values('torch')} · "
         f"Python {values('python')} · commit {commit} · seqscale cost, seqscale plot"
     )
@@ -202,13 +216,9 @@ def _footer(measurements: list[Measurement]) -> str:
 
 def _by_arch(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     along = "position" if cells["position"].notna().any() else "seq_len"
-    archs = sorted(cells["arch"].unique(), key=_rank)
-    return [(a, cells[cells["arch"] == a].sort_values(along)) for a in archs]
-
-
-def _rank(arch: str) -> tuple[int, str]:
-    known = list(STYLES)
-    return (known.index(arch) if arch in known else len(known), arch)
+    return [
+        (arch, cells[cells["arch"] == arch].sort_values(along)) for arch in in_order(cells["arch"])
+    ]
 
 
 def _name(arch: str) -> str:
@@ -231,4 +241,7 @@ def _length_axis(axes: Axes, lengths: list[Any], label: str) -> None:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    """Ticks at 1, 2 and 5 of each decade, without powers of ten."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -7,6 +7,7 @@ import pandas as pd
 from rich.table import Table
 
 from harness.fit import local_exponents
+from harness.sweep import in_order
 
 
 def tables(cells: pd.DataFrame) -> list[Table]:
@@ -30,11 +31,11 @@ def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
     table.add_column("quantity")
     for length in lengths:
         table.add_column(f"{int(length):,}", justify="right")
-    for arch in part["arch"].unique():
+    for arch in in_order(part["arch"].unique()):
         mine = part[part["arch"] == arch].set_index(along).reindex(lengths)
         times = mine["time_ms_p50"] / mine["batch"]
         shown = [
-            f"{time:.3g}" if status == "ok" else str(status)
+            _number(time) if status == "ok" else str(status)
             for time, status in zip(times, mine["status"], strict=True)
         ]
         table.add_row(arch, "ms a token" if along == "position" else "ms a sequence", *shown)
@@ -54,13 +55,19 @@ def _exponent_cells(lengths: Sequence[float], times: Sequence[float]) -> list[st
 
 
 def _mebibytes(value: float) -> str:
-    return f"{value / 2**20:.3g}" if math.isfinite(value) else "-"
+    return _number(value / 2**20) if math.isfinite(value) else "-"
+
+
+def _number(value: float) -> str:
+    """Three digits, and never an exponent for a large number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _loss_table(runs: pd.DataFrame) -> Table:
     table = Table(title="training on real bytes, bits a byte")
     for name in ("architecture", "parameters", "first step", "last step", "validation", "seconds"):
         table.add_column(name, justify="left" if name == "architecture" else "right")
+    runs = runs.set_index("arch", drop=False).loc[in_order(runs["arch"])]
     for _, row in runs.iterrows():
         if row["status"] != "ok":
             table.add_row(row["arch"], row["status"])

@@ -14,6 +14,12 @@ ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+def in_order(archs: Iterable[str]) -> list[str]:
+    """Architectures each once: those of the menu in its order, then others by name."""
+    found = set(archs)
+    return [a for a in ARCHS if a in found] + sorted(found - set(ARCHS))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Every combination of its architectures and lengths (or positions) is one cell."""

@@ -78,9 +78,10 @@ def ssd_torch(
     dt: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form: matrix products inside chunks of Q tokens, states passed between them.
+    """The chunked form (section 6): products within chunks of Q tokens, states between chunks.
 
-    Arguments as `ssd`, state required. Work and memory are linear in T.
+    Arguments as `ssd`, state required. Work is linear in T; the backward pass keeps the inputs
+    and a state a segment, and recomputes the rest.
     """
     B, T, H, P = x.shape
     G, N = b.shape[2:]

@@ -269,10 +269,12 @@ def test_reduced_types_stay_and_keep_their_accuracy(dtype, window):
 
 
 def sdpa_calls(*tensors, **options):
-    """The (queries, keys, mask, is_causal) of every fused call that attention_torch makes."""
+    """The (queries, keys, mask, is_causal) of every fused call; keys and values are no copies."""
     calls = []
+    given = {x.untyped_storage().data_ptr() for x in tensors}
 
     def spy(q, k, v, attn_mask=None, is_causal=False, **rest):
+        assert {x.untyped_storage().data_ptr() for x in (k, v)} <= given
         calls.append((q.shape[2], k.shape[2], attn_mask, is_causal))
         return scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, **rest
@@ -295,7 +297,7 @@ def test_a_decode_step_has_no_mask_and_reads_each_key_head_once(window):
 
 
 def test_a_window_costs_a_band():
-    calls = sdpa_calls(*inputs(1, 2000, 2000, 1, 1, 4), window=100)
+    calls = sdpa_calls(*inputs(1, 2000, 2000, 2, 1, 4), window=100)
     assert sum(queries for queries, *_ in calls) == 2000
     for queries, keys, mask, is_causal in calls:
         assert not is_causal
@@ -305,7 +307,7 @@ def test_a_window_costs_a_band():
 
 
 def test_a_history_never_makes_a_full_mask():
-    for queries, keys, mask, is_causal in sdpa_calls(*inputs(1, 1000, 1500, 1, 1, 4)):
+    for queries, keys, mask, is_causal in sdpa_calls(*inputs(1, 1000, 1500, 2, 1, 4)):
         assert not is_causal  # PyTorch aligns it at the start
         assert queries <= 256
         assert mask.shape == (queries, keys)

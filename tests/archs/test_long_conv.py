@@ -300,10 +300,18 @@ def test_reduced_types(form, backend, dtype, cap):
         assert rms(got, want) < 2 * cap, name
 
 
-def test_reduced_type_is_computed_in_float32():
-    args = arguments("short", 2, 3, 65, dtype=torch.bfloat16, grad=False)
-    in_float32 = long_conv(**{name: x.float() for name, x in args.items()}, backend="torch")
-    assert torch.equal(long_conv(**args, backend="torch"), in_float32.bfloat16())
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("form", ["short", "history"])
+def test_reduced_types_are_computed_in_float32(form, backend):
+    args = arguments(form, 2, 3, 65, dtype=torch.bfloat16)
+    wide = {name: x.detach().float().requires_grad_() for name, x in args.items()}
+    y, wide_y = long_conv(**args, backend=backend), long_conv(**wide, backend=backend)
+    assert torch.equal(y, wide_y.bfloat16())
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).bfloat16()
+    gradients = torch.autograd.grad(y, list(args.values()), dy)
+    wide_gradients = torch.autograd.grad(wide_y, list(wide.values()), dy.float())
+    for name, got, want in zip(args, gradients, wide_gradients, strict=True):
+        assert torch.equal(got, want.bfloat16()), name
 
 
 @given(T=st.integers(1, 3000), S=st.integers(0, 3000))

@@ -364,9 +364,10 @@ def test_state_in_state_out_and_inputs_unchanged(backend):
     assert not torch.equal(y, y_zero)
 
 
-def test_backward_keeps_only_the_inputs_and_a_state_a_segment():
+def test_backward_keeps_the_inputs_and_little_else():
     B, T, H, K = 1, 4096, 2, 16
     tensors = [x.requires_grad_() for x in inputs(B, T, H, K, dtype=torch.float32)]
+    own = {x.untyped_storage().data_ptr() for x in tensors}
     kept = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -375,8 +376,9 @@ def test_backward_keeps_only_the_inputs_and_a_state_a_segment():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         wkv7(*tensors, backend="torch")
-    # Seven such tensors: the inputs, and the log decay before and after its floor.
-    assert sum(kept.values()) <= 7.5 * B * T * H * K * 4
+    extra = sum(size for pointer, size in kept.items() if pointer not in own)
+    # The log decay above its floor, and a state a segment.
+    assert extra <= 1.1 * B * T * H * K * 4
 
 
 # Errors.

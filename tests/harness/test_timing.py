@@ -54,17 +54,19 @@ def test_speedup_is_paired_and_its_interval_holds_the_truth():
 def test_peak_bytes_sees_a_temporary(mebibytes):
     timing.prepare_process()
 
-    def function():
-        return torch.ones(mebibytes, 2**18).sum()  # float32
+    def function(times=1):
+        return torch.ones(times * mebibytes, 2**18).sum()  # float32
 
     function()  # memory kept in the process from an earlier call must count again
+    function(times=3)  # and an earlier call's higher peak must not
     peak = timing.peak_bytes(function)
     assert mebibytes - 2 <= peak / 2**20 < mebibytes + 24
 
 
-def test_prepare_process_sets_threads():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_prepare_process_sets_threads(threads):
     before = torch.get_num_threads()
     try:
-        assert timing.prepare_process(1)["threads"] == 1 == torch.get_num_threads()
+        assert timing.prepare_process(threads)["threads"] == threads == torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
