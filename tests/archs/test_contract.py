@@ -334,7 +334,8 @@ def test_bfloat16_errs_by_rounding_only(variant, backend):
 def test_foreign_carry_passes_through(variant, backend):
     block, x = build(variant, backend), tokens_in((1, 5, WIDTH))
     carry = {"elsewhere": torch.ones(1)}
-    assert block(x, None, carry).carry["elsewhere"] is carry["elsewhere"]
+    for state in (None, fresh(block, x)):
+        assert block(x, state, carry).carry["elsewhere"] is carry["elsewhere"]
     assert block.step(x[:, 0], fresh(block, x), carry).carry["elsewhere"] is carry["elsewhere"]
     assert list(carry) == ["elsewhere"]
 

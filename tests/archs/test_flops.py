@@ -88,6 +88,13 @@ def test_attention_counts_only_the_keys_read(window):
 
 
 @pytest.mark.parametrize("arch", FIELDS)
+def test_every_sequence_of_a_batch_counts_but_what_they_share(arch):
+    block = build(arch)
+    one = projection_flops(block, T) + block.mixer_flops(T)
+    assert forward_flops(block, 5, T) == 5 * one + block.shared_flops(T)
+
+
+@pytest.mark.parametrize("arch", FIELDS)
 def test_models_add_up(arch):
     model = archs.build_model(
         arch, width=WIDTH, depth=2, vocab_size=50, options={arch: FIELDS[arch]}
