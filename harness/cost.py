@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archs.ops import BackendUnavailableError
-from harness import record, timing
+from harness import record, report, timing
 from harness.record import Case, Measurement
-from harness.sweep import CHOICES, in_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,25 +50,9 @@ def run(
         measurement = _attempt(case, {**record.environment(), **settings})
         record.write(out, measurement)
         on_finish(done, len(cells), measurement)
-    table = frame(out)
+    table = report.frame(out)
     table.to_csv(out / "cells.csv", index=False)
     return table
-
-
-def frame(out: Path) -> pd.DataFrame:
-    """All cells recorded under `out`, one row each, in the order of the menu and of length."""
-    import pandas as pd
-
-    table = pd.DataFrame(record.rows(record.read(out)))
-    if table.empty:
-        return table
-    ranks = {**CHOICES, "arch": in_order(table["arch"])}
-
-    def rank(column: pd.Series) -> pd.Series:
-        return column.map(ranks[name].index) if (name := str(column.name)) in ranks else column
-
-    order = ["kind", "level", "phase", "size", "arch", "seq_len", "position"]
-    return table.sort_values(order, key=rank, ignore_index=True)
 
 
 def _attempt(case: Case, environment: dict) -> Measurement:

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
 from harness.record import Measurement
+from harness.report import frame
 from harness.sweep import in_order
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -57,13 +58,12 @@ def draw(out: Path) -> list[Path]:
     Raises:
         NothingToDrawError: `out` holds no record that can be drawn.
     """
-    measurements = record.read(out)
-    cells = pd.DataFrame(record.rows(measurements))
+    measurements, cells = record.read(out), frame(out)
     if cells.empty:
         raise NothingToDrawError(f"{out} holds no records: run seqscale cost --out {out} first")
     paths: list[Path] = []
     with plt.rc_context(SETTINGS):
-        cost = cells[cells["kind"] == "cost"]
+        cost = cells[(cells["kind"] == "cost") & (cells["status"] == "ok")]
         for names, part in cost.groupby(["level", "phase", "size"]):
             level, phase, size = map(str, names)
             if phase == "decode":
@@ -91,12 +91,11 @@ def draw(out: Path) -> list[Path]:
 def _growth(part: pd.DataFrame) -> Figure:
     """Time a sequence and peak memory against length, with reference slopes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
-    good = part[part["status"] == "ok"]
-    for arch, mine in _by_arch(good):
+    for arch, mine in _by_arch(part):
         style = STYLES.get(arch, OTHER_STYLE)
         _times(left, mine, "seq_len", arch)
         right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
-    _reference_slopes(left, good)
+    _reference_slopes(left, part)
     left.set_ylabel("time a sequence, ms")
     right.set_ylabel("peak memory above inputs and weights, MiB")
     for axes in (left, right):
@@ -121,12 +120,12 @@ def _times(axes: Axes, mine: pd.DataFrame, along: str, arch: str) -> None:
     )
 
 
-def _reference_slopes(axes: Axes, good: pd.DataFrame) -> None:
+def _reference_slopes(axes: Axes, part: pd.DataFrame) -> None:
     """Dotted lines of slope n, n log n and n squared from below the fastest first point."""
-    lengths = np.array(sorted(good["seq_len"].unique()), dtype=float)
-    first = good[good["seq_len"] == lengths[0]]
+    lengths = np.array(sorted(part["seq_len"].unique()), dtype=float)
+    first = part[part["seq_len"] == lengths[0]]
     start = 0.6 * float((first["time_ms_p50"] / first["batch"]).min())
-    top = 1.5 * float((good["time_ms_p80"] / good["batch"]).max())
+    top = 1.5 * float((part["time_ms_p80"] / part["batch"]).max())
     laws = {
         "n": lengths,
         "n log n": lengths * np.log(lengths),
@@ -150,7 +149,7 @@ def _reference_slopes(axes: Axes, good: pd.DataFrame) -> None:
 def _decode(part: pd.DataFrame) -> Figure:
     """Time a token and state bytes against the position in the sequence."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
-    for arch, mine in _by_arch(part[part["status"] == "ok"]):
+    for arch, mine in _by_arch(part):
         style = STYLES.get(arch, OTHER_STYLE)
         _times(left, mine, "position", arch)
         right.plot(mine["position"], mine["state_bytes"] / 2**20, label=_name(arch), ms=5, **style)

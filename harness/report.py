@@ -2,12 +2,33 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 
+from harness import record
 from harness.fit import local_exponents
-from harness.sweep import in_order
+from harness.sweep import CHOICES, in_order
+
+# What tables and figures read of a cost cell.
+METRICS = ("time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes")
+
+
+def frame(out: Path) -> pd.DataFrame:
+    """All cells recorded under `out`, one row each, in the order of the menu and of length."""
+    table = pd.DataFrame(record.rows(record.read(out)))
+    if table.empty:
+        return table
+    for metric in {*METRICS} - {*table.columns}:  # no cell reached it
+        table[metric] = math.nan
+    ranks = {**CHOICES, "arch": in_order(table["arch"])}
+
+    def rank(column: pd.Series) -> pd.Series:
+        return column.map(ranks[name].index) if (name := str(column.name)) in ranks else column
+
+    order = ["kind", "level", "phase", "size", "arch", "seq_len", "position"]
+    return table.sort_values(order, key=rank, ignore_index=True)
 
 
 def tables(cells: pd.DataFrame) -> list[Table]:

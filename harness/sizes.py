@@ -15,18 +15,24 @@ MLP_STEP = 8  # MLP widths are multiples of this
 class Scaling:
     """What the solver may choose for an architecture, and its customary proportions."""
 
-    head_dims: tuple[int, ...] = (1,)  # best first; 1: the blocks have no heads
-    width_step: float  # widths are multiples of this times the head size
+    variants: tuple[dict[str, int], ...] = ({},)  # further `Config` fields, best first
+    width_step: float  # widths are multiples of this, times the head size if there is one
     aspect: float  # customary width over depth
     mlp_ratio: float | None = None  # customary MLP width over width; None: no MLP
 
 
+HEADS = ({"head_dim": 64}, {"head_dim": 32})
+
 # Proportions of GPT-2 small and Llama's SwiGLU (2302.13971); Mamba-2 130M, whose inner width is
 # twice D (2405.21060); RWKV-7 0.1B (2503.14456); Hyena 153M (2302.10866).
 SCALING: dict[str, Scaling] = {
-    "transformer": Scaling(head_dims=(64, 32), width_step=1, aspect=64, mlp_ratio=8 / 3),
-    "mamba2": Scaling(head_dims=(64, 32), width_step=0.5, aspect=32),
-    "rwkv7": Scaling(head_dims=(64, 32), width_step=1, aspect=64, mlp_ratio=4),
+    "transformer": Scaling(variants=HEADS, width_step=1, aspect=64, mlp_ratio=8 / 3),
+    "mamba2": Scaling(
+        variants=(*HEADS, *({**heads, "d_state": 64} for heads in HEADS)),
+        width_step=0.5,
+        aspect=32,
+    ),
+    "rwkv7": Scaling(variants=HEADS, width_step=1, aspect=64, mlp_ratio=4),
     "hyena": Scaling(width_step=16, aspect=48, mlp_ratio=4),
 }
 
@@ -83,10 +89,10 @@ def match_sizes(
 def _match(arch: str, target: int, vocab_size: int) -> SizeMatch:
     if arch not in SCALING:
         raise ValueError(f"no row for {arch!r} in harness.sizes.SCALING: give a width, as d256")
-    for head_dim in SCALING[arch].head_dims:
+    for fields in SCALING[arch].variants:
         near = [
             (strangeness, match)
-            for strangeness, match in _candidates(arch, target, vocab_size, head_dim)
+            for strangeness, match in _candidates(arch, target, vocab_size, fields)
             if abs(match.residual) <= TOLERANCE
         ]
         if near:
@@ -95,12 +101,11 @@ def _match(arch: str, target: int, vocab_size: int) -> SizeMatch:
 
 
 def _candidates(
-    arch: str, target: int, vocab_size: int, head_dim: int
+    arch: str, target: int, vocab_size: int, fields: dict[str, int]
 ) -> Iterator[tuple[float, SizeMatch]]:
     """Shapes near the target, each with its distance from customary proportions."""
     row = SCALING[arch]
-    step = round(row.width_step * head_dim)
-    fields = {} if head_dim == 1 else {"head_dim": head_dim}
+    step = round(row.width_step * fields.get("head_dim", 1))
     # Blocks have 6 to 12 D^2 parameters: this lies near the width of customary proportions.
     middle = (target * row.aspect / 10) ** (1 / 3)
     for width in range(step, math.ceil(2 * middle) + step, step):

@@ -6,18 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+import archs
+from archs.block import Block, BlockConfig, forward_flops, state_bytes, train_flops
 from archs.hyena import HyenaConfig
 from archs.mamba2 import Mamba2Config
+from archs.ops.attention import attention
 from archs.ops.long_conv import long_conv
 from archs.ops.ssd import ssd
 from archs.ops.wkv7 import wkv7
 from archs.rwkv7 import RWKV7Config
 from archs.transformer import TransformerConfig
-from torch import Tensor
-
-import archs
-from archs.block import Block, BlockConfig, forward_flops, state_bytes, train_flops
-from archs.ops.attention import attention
 from harness.record import Case
 from harness.sizes import shape_of
 
@@ -242,7 +242,7 @@ def build_model(case: Case, max_len: int) -> archs.LanguageModel:
         vocab_size=VOCAB_SIZE,
         max_len=max_len,
         backend=case.backend,
-        options={case.arch: shape.fields},
+        options={case.arch: shape.fields} if shape.fields else None,
     )
     return model.to(_dtype(case))
 

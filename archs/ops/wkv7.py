@@ -23,7 +23,7 @@ from archs.ops import Backend, no_such_backend
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): the strongest log decay, equation 13 of the paper
 
 CHUNK = 32  # C: the fastest of 16, 32 and 64 measured on an AVX-512 CPU at K = V = 64
-IN_FLIGHT = 128  # N at most on a CPU: 2 MB a tensor at K = V = 64, so that they stay in its cache
+IN_FLIGHT = 64  # N at most on a CPU: 1 MB a tensor at K = V = 64, so that several fit its cache
 IN_FLIGHT_GPU = 2048  # an estimate: enough to fill a GPU, and under 2 GB in all
 # exp(-20) = 2e-9 is nothing beside float32's 6e-8, and exp(20 * CHUNK) still fits float64.
 LOG_DECAY_FLOOR = -20.0
@@ -259,8 +259,9 @@ def _adjoint(parts: list[Tensor], S: Tensor, dy: Tensor, dS: Tensor) -> tuple[Te
     """Gradients of a segment's six inputs (N, C, K or V) and of its first state (B H, K, V).
 
     Differentiates the equations in `wkv7_torch`. The gradient of a log decay is the sum of all
-    that passes its token. As a difference of larger sums it would lose digits, hence a sum for
-    each way to pass, and float64 within the chunk.
+    that passes its token: from before the chunk or a token in it, to a token in it or behind its
+    end. As a difference of larger sums it would lose digits, hence float64 inside the chunk and a
+    sum for each other way.
     """
     r, log_decay, k, v, a, b = parts
     C = v.shape[1]
@@ -285,19 +286,20 @@ def _adjoint(parts: list[Tensor], S: Tensor, dy: Tensor, dS: Tensor) -> tuple[Te
     dto_end = sources @ dend.mT  # (N, 2C, K), for the state after it
     dv = torch.baddbmm(chunks.to_end[:, C:] @ dend, chunks.pairs[:, :, C:].mT, drows)
 
-    dr, da = dreads[:, C:] * chunks.decay_r, dreads[:, :C] * chunks.decay_a
-    db_in, dk_in = dwrites[:, :C] * chunks.growth, dwrites[:, C:] * chunks.growth
-    decay_to_end = chunks.growth * chunks.whole_decay.mT
-    db_out, dk_out = dto_end[:, :C] * decay_to_end, dto_end[:, C:] * decay_to_end
+    da, dr = dreads[:, :C] * chunks.decay_a, dreads[:, C:] * chunks.decay_r
+    dboth = dwrites + dto_end * chunks.whole_decay.mT
+    db, dk = dboth[:, :C] * chunks.growth, dboth[:, C:] * chunks.growth
 
-    at_or_after = torch.ones(C, C, dtype=torch.float64, device=v.device).triu()  # [s, t]: t >= s
-    dlog_decay = (
-        at_or_after @ (r * dr - b * db_in - k * dk_in)
-        + at_or_after.triu(1) @ (a * da)
-        + at_or_after.mT.tril(-1) @ (b * db_out + k * dk_out)
-        + (start * dend).sum(dim=2)[:, None] * chunks.whole_decay.mT
-    )
-    return dr, dlog_decay, dk_in + dk_out, dv, da, db_in + db_out, after[-1]
+    read_by_a, read_by_r = (dreads * chunks.reads).chunk(2, dim=1)  # (N, C, K)
+    read_inside = (dwrites * chunks.writes).unflatten(1, (2, C)).sum(dim=1)
+    taken_out = (dto_end * chunks.to_end).unflatten(1, (2, C)).sum(dim=1)
+    carried = (start * dend).sum(dim=2)[:, None] * chunks.whole_decay.mT  # (N, 1, K)
+    since = torch.ones(C, C, dtype=torch.float64, device=v.device).triu()  # [s, t]: t >= s
+    before = torch.ones(C, C, dtype=v.dtype, device=v.device).tril(-1)
+    # r reads a token's state after its decay, a before it.
+    dlog_decay = since @ (read_by_r - read_inside + read_by_a) - read_by_a
+    dlog_decay = dlog_decay + before @ taken_out + carried
+    return dr, dlog_decay, dk, dv, da, db, after[-1]
 
 
 def _segments(y: Tensor) -> list[slice]:

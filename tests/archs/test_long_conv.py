@@ -174,6 +174,22 @@ def test_any_shape_and_any_segment(form, B, D, T, S, spare, segment_bytes, seed)
         assert want.numel() == 0 or (got - want).abs().max() <= 1e-11 * (1 + want.abs().max()), name
 
 
+@pytest.mark.parametrize("form", ["short", "history"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_segments_do_not_show(channels, form, monkeypatch):
+    B, D, T = 2, 7, 30
+    args = arguments(form, B, D, T)
+    expected, expected_gradients = value_and_gradients(args, "torch")
+    S = args["filter"].shape[1] - T
+    # Segments of 3 channels are 3, 3 and 1 of the backward pass's 2 B + 1 rows.
+    rows_bytes = (2 * B + 1) * fft_length(T, S) * 8
+    monkeypatch.setattr(long_conv_module, "SEGMENT_BYTES", channels * rows_bytes)
+    y, gradients = value_and_gradients(args, "torch")
+    assert relative(y, expected) < 1e-14
+    for name, got, want in zip(args, gradients, expected_gradients, strict=True):
+        assert relative(got, want) < 1e-14, name
+
+
 def test_history_is_what_came_before_at_every_split():
     T = 65
     args = arguments("gates", 2, 3, T, grad=False)

@@ -206,6 +206,7 @@ def test_inputs_are_left_alone():
     args = inputs(1, 6, 3, 4)
     before = {k: t.clone() for k, t in args.items()}
     short_conv(**args, activation="silu", backend="torch")
+    short_conv(args["x"], args["weight"], backend="torch")
     short_conv_step(args["x"][:, 0], args["weight"], args["bias"], args["state"], "silu")
     assert all(torch.equal(args[k], before[k]) for k in args)
 

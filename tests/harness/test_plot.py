@@ -83,7 +83,7 @@ def test_every_figure_is_drawn_with_its_words(tmp_path):
             for word in ("Transformer", "Mamba-2", "RWKV-7", "Hyena", "a CPU", "commit abcdef0123"):
                 assert word in text, (path.name, word)
     growth = (tmp_path / "figures" / "op_forward_d256.svg").read_text()
-    for word in ("n log n", "n²", "4,096", "ms (median"):
+    for word in ("n log n", "n²", "4,096", "time a sequence, ms", "medians"):
         assert word in growth
 
 
@@ -97,6 +97,15 @@ def test_the_svg_is_the_same_for_the_same_records(tmp_path):
 def test_failed_cells_do_not_stop_a_figure(tmp_path):
     fill(tmp_path, statuses=("ok", "ok", "oom"))
     assert len(plot.draw(tmp_path)) == 6
+
+
+def test_a_run_without_a_finished_cell_says_so(tmp_path):
+    case = Case(
+        kind="cost", arch="hyena", level="op", phase="forward", batch=1, seq_len=8, size="d64"
+    )
+    record.write(tmp_path, Measurement(case=case, status="oom", environment=ENVIRONMENT))
+    with pytest.raises(plot.NothingToDrawError, match="no finished cell"):
+        plot.draw(tmp_path)
 
 
 def test_nothing_to_draw_says_what_to_run(tmp_path):
