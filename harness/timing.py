@@ -8,6 +8,7 @@ import ctypes
 import gc
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,9 @@ def measure(
     timer = Timer("function()", globals={"function": function})
     times = list(timer.blocked_autorange(min_run_time=min_time_s).times)
     while len(times) < min_samples:
-        times += timer.timeit(1).times
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
     return [1e3 * t for t in times]
 
 
@@ -73,8 +76,9 @@ def measure_interleaved(
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
-            timer = Timer("function()", globals={"function": functions[name]})
-            samples[name].append(1e3 * timer.timeit(1).median)
+            start = time.perf_counter()
+            functions[name]()
+            samples[name].append(1e3 * (time.perf_counter() - start))
     return samples
 
 

@@ -1,6 +1,6 @@
 """Our PyTorch operations beside others' on the CPU: forward and backward, interleaved, one run.
 
-    python tests/benchmarks/cpu_ops.py [--rounds 20] [--op ssd ...]
+    python tests/benchmarks/cpu_ops.py [--rounds 40] [--op ssd ...]
 
 Every round runs each implementation once in random order; the ratio theirs/ours is paired by
 round, its 95 % interval a bootstrap over rounds. "ours again" is ours a second time: its ratio is
@@ -15,15 +15,15 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from archs.ops.long_conv import long_conv
-from archs.ops.ssd import ssd
-from archs.ops.wkv7 import wkv7
-from harness.peers import ssd_minimal_discrete
 from torch import Tensor
 from torch.nn import functional as F
 
 from archs.ops.attention import attention
+from archs.ops.long_conv import long_conv
+from archs.ops.ssd import ssd
+from archs.ops.wkv7 import wkv7
 from harness import timing
+from harness.peers import ssd_minimal_discrete
 
 T = 4096
 
@@ -146,7 +146,7 @@ PAIRS = {
 def main() -> int:
     """Run the pairs and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--op", choices=PAIRS, action="append")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -162,13 +162,14 @@ def main() -> int:
         )
         best = min(theirs, key=lambda n: sorted(samples[n])[len(samples[n]) // 2])
         for other, times in samples.items():
-            ratio = timing.speedup(samples["ours"], times)
-            peak = peaks.get(other)
-            mebibytes = "" if peak is None else f", peak {peak / 2**20:.0f} MiB"
-            print(
-                f"{name:10s} {other:34s} {sorted(times)[len(times) // 2]:8.1f} ms{mebibytes}"
-                f"   x{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-            )
+            middle = sorted(times)[len(times) // 2]
+            line = f"{name:10s} {other:34s} {middle:8.1f} ms"
+            if (peak := peaks.get(other)) is not None:
+                line += f", peak {peak / 2**20:.0f} MiB"
+            if other != "ours":
+                ratio = timing.speedup(samples["ours"], times)
+                line += f"   x{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            print(line, flush=True)
         low = timing.speedup(samples["ours"], samples[best]).low
         verdict = "reached" if low >= target else "MISSED"
         print(f"{name:10s} lower bound {low:.3f} against {best}, target {target}: {verdict}\n")
