@@ -111,7 +111,7 @@ class Projected(NamedTuple):
 
 
 class TimeMix(nn.Module):
-    """Section 4.1 around the recurrence."""
+    """The paper's time mixing: all that surrounds the recurrence."""
 
     def __init__(
         self, config: RWKV7Config, layer_index: int, depth: int, has_value_residual: bool
@@ -195,7 +195,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """Section 4.2: two layers with squared ReLU and no gate."""
+    """The paper's MLP: two layers with squared ReLU and no gate, over shifted tokens."""
 
     def __init__(self, config: RWKV7Config, layer_index: int, depth: int) -> None:
         super().__init__()

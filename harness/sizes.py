@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 TOLERANCE = 0.01  # a matched size misses its target by at most this share
+DEPTH = 2  # blocks of a model whose size is a width
 MLP_STEP = 8  # MLP widths are multiples of this
 
 
@@ -65,10 +66,18 @@ def parse_size(size: str) -> tuple[str, int]:
     raise ValueError(f"unknown size {size!r}: write d256 for a width or 1M for matched parameters")
 
 
-def shape_of(arch: str, size: str, *, depth: int = 2) -> Shape:
-    """The shape that a case's `size` names; `depth` holds where it is a width."""
+def shape_of(arch: str, size: str) -> Shape:
+    """The shape that a case's `size` names.
+
+    Where it is a width, the depth is `DEPTH`, for a hybrid rounded up to whole patterns.
+    """
+    from archs.model import expand_pattern
+
     what, number = parse_size(size)
-    return Shape(number, depth) if what == "width" else match_sizes(number, [arch])[arch].shape
+    if what == "params":
+        return match_sizes(number, [arch])[arch].shape
+    pattern = len(expand_pattern(arch))
+    return Shape(number, pattern * math.ceil(DEPTH / pattern))
 
 
 def match_sizes(

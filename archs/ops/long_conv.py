@@ -263,8 +263,7 @@ class _LongConv(torch.autograd.Function):
             part, gradient = whole.channels(start, size), gradients.channels(start, size)
             post, pre, u, z = _load(part, padded, B, S, T)
             d_y = dy.narrow(1, start, size).transpose(0, 1).to(z.dtype)  # (C, B, T)
-            d_conv = padded[:, B + 1 :, S : S + T]
-            d_conv.copy_(d_y if post is None else d_y * post)
+            d_conv = _gated_into(padded[:, B + 1 :, S : S + T], d_y, post)
 
             # The adjoint of a convolution is a correlation: the other factor is conjugated.
             spectra = torch.fft.rfft(padded)  # (C, 2B+1, N/2+1)
@@ -330,12 +329,15 @@ def _load(
     if part.short_filters is not None:
         signals = [_short_forward(i, part, x) for i, x in enumerate(signals)]
     post, pre, u = signals
-    z = padded[:, :B, S : S + T]
-    z.copy_(u if pre is None else u * pre)
+    z = _gated_into(padded[:, :B, S : S + T], u, pre)
     if part.history is not None:
         padded[:, :B, :S] = part.history
     padded[:, B, : S + T] = part.filter
     return post, pre, u, z
+
+
+def _gated_into(out: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+    return out.copy_(x) if gate is None else torch.mul(x, gate, out=out)
 
 
 def _short_forward(i: int, part: _Tensors, x: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ def test_a_filled_state_decodes_as_one_that_was_read(arch):
 
 def test_hybrids_have_no_op_but_decode(tmp_path):
     cells = [
-        case(arch="mamba2+transformer"),
-        case(arch="mamba2+transformer", level="model", phase="prefill"),
+        case(arch="mamba2*2+transformer"),
+        case(arch="mamba2*2+transformer", level="model", phase="prefill"),
     ]
     table = cost.run(cells, tmp_path)
     assert dict(zip(table["level"], table["status"], strict=True)) == {
