@@ -28,7 +28,7 @@ Differs from the paper:
   default, 2, has one long convolution. The paper's recurrence has N of both;
 - positional features are constants. The official code trains them, with a learning rate of their
   own (1e-5 unless set; its Pile configuration sets the optimiser's);
-- the MLP is 4 D wide, as in the paper's 125M model; its larger ones take 2 D;
+- the MLP is 4 D wide unless set, as in GPT-2; the official Pile configuration takes 2 D;
 - no dropout (official: 0.1 on the embedding), and the residual stream has the type of the input
   (official: float32);
 - the filter is formed in float32 at least, its positional features in float64.

@@ -55,7 +55,9 @@ def long_conv_step(
     compute = torch.promote_types(u.dtype, torch.float32)
     taps = taps.to(compute)
     z = u.to(compute) if pre_gate is None else u.to(compute) * pre_gate.to(compute)
-    y = torch.einsum("bds,ds->bd", history.to(compute), taps[:, :-1]) + taps[:, -1] * z
+    # (D, 1, S) times (D, S, B): on a CPU at the speed of reading, where other orders are not.
+    past = torch.bmm(taps[:, :-1].unsqueeze(1), history.to(compute).permute(1, 2, 0))  # (D, 1, B)
+    y = past.squeeze(1).T + taps[:, -1] * z
     if skip is not None:
         y = y + skip.to(compute) * z
     if post_gate is not None:
