@@ -3,7 +3,7 @@
     python tests/benchmarks/cpu_ops.py [--rounds 40] [--op ssd ...]
 
 Every round runs each implementation once in random order; the ratio theirs/ours is paired by
-round, its 95 % interval a bootstrap over rounds. "ours again" is ours a second time: its ratio is
+round, with a 95 % interval (`timing.speedup`). "ours again" is ours a second time: its ratio is
 the noise of the machine. Exit code 1 if a lower bound falls short of its target.
 """
 
@@ -22,7 +22,7 @@ from archs.ops.attention import attention
 from archs.ops.long_conv import long_conv
 from archs.ops.ssd import ssd
 from archs.ops.wkv7 import wkv7
-from harness import timing
+from harness import memory, timing
 from harness.peers import ssd_minimal_discrete
 
 T = 4096
@@ -156,7 +156,7 @@ def main() -> int:
         build, target = PAIRS[name]
         torch.manual_seed(0)
         ours, theirs = build()
-        peaks = {n: timing.peak_bytes(f) for n, f in {"ours": ours, **theirs}.items()}
+        peaks = {n: memory.peak(f).bytes for n, f in {"ours": ours, **theirs}.items()}
         samples = timing.measure_interleaved(
             {"ours": ours, "ours again": ours, **theirs}, rounds=arguments.rounds
         )
