@@ -407,19 +407,21 @@ def test_energy_is_net_of_idle_power(monkeypatch):
     device.install(monkeypatch)
     monkeypatch.setattr(timing, "ENERGY_WINDOW_S", 0.2)
     start = time.perf_counter()
-    calls = []
+    calls, uses = [], 50
 
     def function():
         calls.append(time.sleep(0.01))
         device.work(10)
 
-    def millijoules():  # 100 W idle and 50 mJ a call
-        return 1e5 * (time.perf_counter() - start) + 50 * len(calls)
+    def millijoules():  # 100 W idle and `uses` mJ a call
+        return 1e5 * (time.perf_counter() - start) + uses * len(calls)
 
     monkeypatch.setattr(nvml, "energy_mj", millijoules)
     energy, note = timing._energy(function, "cuda")
     assert note is None
     assert energy == pytest.approx(50, rel=0.05)
+    uses = -20
+    assert timing._energy(function, "cuda") == (None, "no more than idle power")
     monkeypatch.setattr(nvml, "energy_mj", lambda: None)
     assert timing._energy(function, "cuda") == (None, "NVML or its energy counter is missing")
 
