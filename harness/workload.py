@@ -1,7 +1,12 @@
-"""What one cell times: an op, a block or a model, its inputs, and how to check it."""
+"""What one cell times: an op, a block or a model on random inputs, and how to check it.
+
+Everything lies on the device asked for before the first call. The timed function reads nothing back
+to the host, so that it can be captured in a CUDA graph; `backward` runs on the stream on which
+`build` ran its forward pass.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,229 +14,64 @@ import torch
 from torch import Tensor
 
 import archs
-from archs.block import Block, BlockConfig, forward_flops, state_bytes, train_flops
-from archs.hyena import HyenaConfig
-from archs.mamba2 import Mamba2Config
-from archs.ops.attention import attention
-from archs.ops.long_conv import long_conv
-from archs.ops.ssd import ssd
-from archs.ops.wkv7 import wkv7
-from archs.rwkv7 import RWKV7Config
-from archs.transformer import TransformerConfig
+from archs.block import (
+    Block,
+    decode_bytes,
+    forward_flops,
+    parameter_bytes,
+    state_bytes,
+    tensor_bytes,
+    train_flops,
+)
+from archs.model import expand_pattern
+from harness import correctness
+from harness.correctness import ALLOWED_ERROR
+from harness.op_inputs import OPS, Op, Randn
 from harness.record import Case
 from harness.sizes import shape_of
+from harness.subjects import BlockSubject, ModelSubject, Subject
+
+__all__ = ["ALLOWED_ERROR", "OPS", "Workload", "build", "build_model", "filled"]
 
 VOCAB_SIZE = 256  # bytes
-CHECKED_TOKENS = 256  # every op is causal: a prefix shows it right at any length
-# Relative RMS error that an op may have against its reference, by type of its inputs.
-ALLOWED_ERROR = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+# Size of a projection's output over its input's. In 32 bits 1, so that a mixer wrong by 0.1 % shows
+# in what a block returns (at 0.5, attention's share is below what is allowed). In 16 bits 0.5: at
+# 1 the rounding in RWKV-7's gradients grows to 14 %.
+PROJECTION_GAIN = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 1.0, torch.float64: 1.0}
+LEARNING_RATE = 1e-5  # so small that what is timed last is what was timed first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A callable to time and what is known about it without timing."""
+    """A callable to time and what is known about it without timing.
+
+    `counted` holds params, mixer_flops or forward_flops (and train_flops), state_bytes, for decode
+    decode_bytes, and of the timed call itself work_flops and floor_bytes, the least that it must
+    move: inputs and parameters read once, results written once.
+    """
 
     function: Callable[[], Any]
     counted: Mapping[str, int]  # analytic metrics, the unit in the name
-    error: Callable[[], float] | None = None  # relative RMS error against the reference
-    leaves: tuple[Tensor, ...] = field(default=())  # whose gradients are cleared each time
+    check: Callable[[], float]  # relative RMS error of the result; see `harness.correctness`
 
 
-def build(case: Case) -> Workload:
-    """The workload of a cost cell.
+def build(case: Case, device: str = "cpu") -> Workload:
+    """The workload of a cost cell, on "cpu" or "cuda".
 
     Raises:
-        NotImplementedError: the architecture has no such cell.
+        NotImplementedError: there is no such cell; the message says why.
+        BackendUnavailableError: the backend cannot run it.
     """
-    generator = torch.Generator().manual_seed(case.seed)
-    randn = partial(torch.randn, generator=generator, dtype=torch.float32)
-    return {"op": _op, "block": _block, "model": _model}[case.level](case, randn)
+    if case.implementation != "ours":
+        raise NotImplementedError(f"no implementation {case.implementation!r}: there is only ours")
+    levels: dict[str, Callable[..., Workload]] = {"op": _op, "block": _block, "model": _model}
+    phases = ("forward", "backward", "decode", "train_step", "prefill")
+    if case.level not in levels or case.phase not in phases[: 3 if case.level == "op" else 5]:
+        raise NotImplementedError(f"level {case.level!r} has no phase {case.phase!r}")
+    return levels[case.level](case, device)
 
 
-def _dtype(case: Case) -> torch.dtype:
-    return getattr(torch, case.dtype)
-
-
-def _built_block(case: Case, max_len: int) -> Block:
-    shape = shape_of(case.arch, case.size)
-    torch.manual_seed(case.seed)
-    block = archs.build_block(
-        case.arch, width=shape.width, max_len=max_len, backend=case.backend, **shape.fields
-    )
-    return block.to(_dtype(case))
-
-
-def _block_counts(case: Case, block: Block, new_tokens: int) -> dict[str, int]:
-    return {
-        "params": sum(p.numel() for p in block.parameters()),
-        "forward_flops": forward_flops(block, case.batch, new_tokens),
-        "state_bytes": state_bytes(block, case.batch, new_tokens, _dtype(case)),
-    }
-
-
-# Op level: the sequence mixer alone, with the shapes its block gives it.
-
-Randn = Callable[..., Tensor]
-OpCall = tuple[Callable[..., Any], dict[str, Tensor]]
-
-
-def _attention(config: TransformerConfig, B: int, T: int, randn: Randn) -> OpCall:
-    heads = config.width // config.head_dim
-    kv_heads = config.kv_heads or heads
-    call = partial(attention, window=config.window)
-    return call, {
-        "q": randn(B, T, heads, config.head_dim),
-        "k": randn(B, T, kv_heads, config.head_dim),
-        "v": randn(B, T, kv_heads, config.head_dim),
-    }
-
-
-def _ssd(config: Mamba2Config, B: int, T: int, randn: Randn) -> OpCall:
-    heads = config.expand * config.width // config.head_dim
-    dt = torch.nn.functional.softplus(randn(B, T, heads) - 4)  # as dt_bias starts: 1e-3 to 0.1
-    return ssd, {
-        "x": randn(B, T, heads, config.head_dim),
-        "log_decay": -dt * torch.linspace(1, 16, heads),
-        "b": randn(B, T, config.groups, config.d_state),
-        "c": randn(B, T, config.groups, config.d_state),
-        "dt": dt,
-        "skip": torch.ones(heads),
-    }
-
-
-def _wkv7(config: RWKV7Config, B: int, T: int, randn: Randn) -> OpCall:
-    shape = (B, T, config.width // config.head_dim, config.head_dim)
-    removal = torch.nn.functional.normalize(randn(*shape), dim=-1)
-    return partial(wkv7, log_decay=None), {
-        "r": randn(*shape),
-        "k": randn(*shape),
-        "v": randn(*shape),
-        "a": -removal,
-        "b": removal * torch.sigmoid(randn(*shape)),
-        "decay_logits": randn(*shape),
-    }
-
-
-def _long_conv(config: HyenaConfig, B: int, T: int, randn: Randn) -> OpCall:
-    D = config.width
-    return long_conv, {
-        "u": randn(B, D, T),
-        "filter": randn(D, T) * torch.exp(-8 * torch.arange(T) / T),
-        "pre_gate": randn(B, D, T),
-        "post_gate": randn(B, D, T),
-        "skip": randn(D),
-        "short_filters": randn(3, D, 3),
-        "short_bias": randn(3, D),
-    }
-
-
-OPS: dict[str, Callable[[Any, int, int, Randn], OpCall]] = {
-    "transformer": _attention,
-    "mamba2": _ssd,
-    "rwkv7": _wkv7,
-    "hyena": _long_conv,
-}
-TIME_LAST = {"u", "filter", "pre_gate", "post_gate"}  # (..., T); all else has T second or none
-TIMELESS = {"skip", "short_filters", "short_bias"}
-
-
-def _op(case: Case, randn: Randn) -> Workload:
-    if case.arch not in OPS or case.seq_len is None:
-        raise NotImplementedError(f"{case.arch} has no op of its own to time: use level block")
-    block = _built_block(case, case.seq_len)
-    call, inputs = OPS[case.arch](_config(block), case.batch, case.seq_len, randn)
-    inputs = {name: t.to(_dtype(case)) for name, t in inputs.items()}
-    mixer = case.batch * block.mixer_flops(case.seq_len)
-    return Workload(
-        function=lambda: call(**inputs, backend=case.backend),
-        counted={
-            "mixer_flops": mixer,
-            "state_bytes": state_bytes(block, case.batch, case.seq_len, _dtype(case)),
-        },
-        error=partial(_prefix_error, call, inputs, case.backend),
-    )
-
-
-def _config(block: Block) -> BlockConfig:
-    return block.config  # type: ignore[return-value]
-
-
-def _prefix_error(call: Callable[..., Any], inputs: dict[str, Tensor], backend: str) -> float:
-    """Relative RMS error over the first tokens of the timed tensors against the reference."""
-    whole = _output(call(**inputs, backend=backend))
-    prefix = {name: _prefix(name, t).double() for name, t in inputs.items()}
-    expected = _output(call(**prefix, backend="reference"))
-    in_time = 2 if "u" in inputs else 1
-    got = whole.narrow(in_time, 0, expected.shape[in_time]).double()
-    return ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
-
-
-def _prefix(name: str, tensor: Tensor) -> Tensor:
-    if name in TIMELESS:
-        return tensor
-    return tensor[..., :CHECKED_TOKENS] if name in TIME_LAST else tensor[:, :CHECKED_TOKENS]
-
-
-def _output(result: Any) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
-
-
-def _block(case: Case, randn: Randn) -> Workload:
-    assert case.seq_len is not None
-    block = _built_block(case, case.seq_len)
-    x = randn(case.batch, case.seq_len, shape_of(case.arch, case.size).width).to(_dtype(case))
-    counts = _block_counts(case, block, case.seq_len)
-    if case.phase == "forward":
-        return Workload(function=_without_gradients(lambda: block(x).x), counted=counts)
-    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    optimiser = torch.optim.AdamW(block.parameters(), lr=1e-5)
-    x.requires_grad_()
-
-    def step() -> None:
-        block(x).x.backward(cotangent)
-        optimiser.step()
-        optimiser.zero_grad()
-        x.grad = None
-
-    return Workload(
-        function=step, counted={**counts, "train_flops": train_flops(counts["forward_flops"])}
-    )
-
-
-def _model(case: Case, randn: Randn) -> Workload:
-    new_tokens = case.seq_len or 1
-    context = case.position or 0
-    model = build_model(case, max_len=new_tokens + context)
-    counts = {
-        "params": model.parameter_count(),
-        "forward_flops": model.forward_flops(case.batch, new_tokens, context),
-        "state_bytes": model.state_bytes(case.batch, new_tokens + context),
-    }
-    generator = torch.Generator().manual_seed(case.seed)
-    tokens = torch.randint(VOCAB_SIZE, (case.batch, new_tokens), generator=generator)
-    if case.phase == "decode":
-        state = filled(model.init_state(case.batch, context + 1), context, generator)
-        counts["decode_bytes"] = model.decode_bytes(case.batch, context)
-        # A consumed state may be stepped again: it overwrites the same slot.
-        call = _without_gradients(lambda: model.decode(tokens[:, 0], state))
-    elif case.phase == "prefill":
-        call = _without_gradients(lambda: model.prefill(tokens, new_tokens))
-    elif case.phase == "forward":
-        call = _without_gradients(lambda: model(tokens))
-    else:
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-        def call() -> None:
-            logits = model(tokens).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-
-        counts["train_flops"] = train_flops(counts["forward_flops"])
-    return Workload(function=call, counted=counts)
-
-
-def build_model(case: Case, max_len: int) -> archs.LanguageModel:
+def build_model(case: Case, max_len: int, device: str = "cpu") -> archs.LanguageModel:
     """The model of a case, seeded: an architecture or a hybrid at the case's size."""
     shape = shape_of(case.arch, case.size)
     torch.manual_seed(case.seed)
@@ -244,13 +84,17 @@ def build_model(case: Case, max_len: int) -> archs.LanguageModel:
         backend=case.backend,
         options={case.arch: shape.fields} if shape.fields else None,
     )
-    return model.to(_dtype(case))
+    return model.to(device, _dtype(case))
 
 
 def filled(state: Any, position: int, generator: torch.Generator) -> Any:
-    """A state as it would be at `position`, its tensors random: what they hold costs nothing."""
+    """A state as it would be at `position`, its tensors random: what they hold costs nothing.
+
+    Uniform in [0, 1): the mean over a long cache must not vanish, or nothing that reads it shows.
+    """
     if isinstance(state, Tensor):
-        return (0.1 * torch.randn(state.shape, generator=generator)).to(state.dtype)
+        noise = torch.rand(state.shape, generator=generator, device=state.device)
+        return noise.to(state.dtype)
     if isinstance(state, tuple):
         parts = [filled(part, position, generator) for part in state]
         state = type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
@@ -258,9 +102,234 @@ def filled(state: Any, position: int, generator: torch.Generator) -> Any:
     return state
 
 
-def _without_gradients(function: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.no_grad():
-            return function()
+def redraw(module: Any, generator: torch.Generator) -> None:
+    """Draw the projections anew, so that every branch counts in the outputs.
 
-    return call
+    As initialised, some are zero (RWKV-7's output) and most too small: an error in the mixer would
+    not show in what a block or a model returns. Their cost does not depend on them.
+    """
+    if isinstance(module, Block):
+        layers = list(module.projections())
+    else:
+        layers = [layer for block in module.blocks for layer in block.projections()]
+        layers.append(module.head)
+    with torch.no_grad():
+        for layer in layers:
+            gain = PROJECTION_GAIN[layer.weight.dtype]
+            deviation = gain * layer.weight.shape[1] ** -0.5
+            layer.weight.normal_(0, deviation, generator=generator)
+        if not isinstance(module, Block):
+            module.embedding.weight.normal_(generator=generator)
+
+
+def _dtype(case: Case) -> torch.dtype:
+    return getattr(torch, case.dtype)
+
+
+def _random(case: Case, device: str) -> tuple[torch.Generator, Randn]:
+    generator = torch.Generator(device).manual_seed(case.seed)
+    randn = partial(torch.randn, generator=generator, dtype=torch.float32, device=device)
+    return generator, randn
+
+
+def _lengths(case: Case) -> tuple[int, int]:
+    """New tokens, and the tokens before them."""
+    new, context = (1, case.position) if case.phase == "decode" else (case.seq_len, 0)
+    if new is None or context is None:
+        raise ValueError(f"{case.phase} needs a {'position' if context is None else 'seq_len'}")
+    return new, context
+
+
+def _build_block(case: Case, max_len: int, device: str) -> Block:
+    if len(expand_pattern(case.arch)) > 1:
+        raise NotImplementedError(f"{case.arch} is a hybrid: it has level model only")
+    shape = shape_of(case.arch, case.size)
+    torch.manual_seed(case.seed)
+    block = archs.build_block(
+        case.arch, width=shape.width, max_len=max_len, backend=case.backend, **shape.fields
+    )
+    return block.to(device, _dtype(case))
+
+
+# Op level: the sequence mixer alone, with the shapes its block gives it.
+
+
+def _op(case: Case, device: str) -> Workload:
+    if case.arch not in OPS:
+        raise NotImplementedError(f"{case.arch} has no op of its own to time: use level block")
+    new, context = _lengths(case)
+    block = _build_block(case, new + context, device)
+    op = OPS[case.arch](block.config, _dtype(case))
+    _, randn = _random(case, device)
+    state = state_bytes(block, case.batch, new + context, _dtype(case))
+    mixer = case.batch * block.mixer_flops(new, context)
+    counted = {"mixer_flops": mixer, "state_bytes": state}
+    if case.phase == "decode":
+        return _op_decode(case, op, context, randn, counted)
+    counted["work_flops"] = mixer + op.extra_flops(new)
+    inputs = op.inputs(case.batch, new, randn)
+    read, y_bytes = tensor_bytes(list(inputs.values())), tensor_bytes(inputs[op.LIKE_Y])
+    if case.phase == "forward":
+
+        @torch.no_grad()
+        def forward() -> Tensor:
+            return op.run(inputs, case.backend)
+
+        counted["floor_bytes"] = read + y_bytes
+        check = correctness.check_op_forward(op, inputs, case.backend, forward)
+        return Workload(function=forward, counted=counted, check=check)
+
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    y = op.run(leaves, case.backend)
+    cotangent = randn(*y.shape).to(y.dtype)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, list(leaves.values()), cotangent, retain_graph=True)
+
+    counted["work_flops"] *= 2
+    counted["floor_bytes"] = 2 * read + y_bytes
+    check = correctness.check_op_backward(op, leaves, y, cotangent, case.backend, backward)
+    return Workload(function=backward, counted=counted, check=check)
+
+
+def _op_decode(
+    case: Case, op: Op, position: int, randn: Randn, counted: dict[str, int]
+) -> Workload:
+    token = op.token(case.batch, position, randn)
+
+    @torch.no_grad()
+    def decode() -> tuple[Tensor, ...]:
+        return op.step(token, case.backend)
+
+    counted["work_flops"] = counted["mixer_flops"]
+    counted["floor_bytes"] = tensor_bytes(list(token.values()))
+    check = correctness.check_op_decode(op, token, case.backend, decode)
+    return Workload(function=decode, counted=counted, check=check)
+
+
+# Block and model level.
+
+
+def _block(case: Case, device: str) -> Workload:
+    new, context = _lengths(case)
+    block = _build_block(case, new + context + 1, device)
+    generator, randn = _random(case, device)
+    redraw(block, generator)
+    dtype, width = _dtype(case), shape_of(case.arch, case.size).width
+    x, cotangent = (randn(case.batch, new, width).to(dtype) for _ in range(2))
+    counted = {
+        "params": sum(p.numel() for p in block.parameters()),
+        "forward_flops": forward_flops(block, case.batch, new, context),
+        "state_bytes": state_bytes(block, case.batch, new + context, dtype),
+    }
+    if case.phase == "decode":
+        counted["decode_bytes"] = decode_bytes(block, case.batch, context, dtype)
+    subject = BlockSubject(
+        module=block, inputs=x, following=randn(case.batch, width).to(dtype), target=cotangent
+    )
+    return _of_subject(case, subject, generator, counted, ends=2 * tensor_bytes(x))
+
+
+def _model(case: Case, device: str) -> Workload:
+    new, context = _lengths(case)
+    model = build_model(case, new + context + 1, device)
+    generator, _ = _random(case, device)
+    redraw(model, generator)
+    tokens = torch.randint(
+        VOCAB_SIZE, (case.batch, new + 2), generator=generator, device=device
+    )  # targets do not follow from inputs: the model must not learn what it is timed on
+    counted = {
+        "params": model.parameter_count(),
+        "forward_flops": model.forward_flops(case.batch, new, context),
+        "state_bytes": model.state_bytes(case.batch, new + context),
+    }
+    if case.phase == "decode":
+        counted["decode_bytes"] = model.decode_bytes(case.batch, context)
+    inputs = tokens[:, :new].contiguous()
+    subject = ModelSubject(
+        module=model,
+        inputs=inputs,
+        following=tokens[:, new],
+        target=tokens[:, 1 : new + 1].contiguous(),
+    )
+    written = case.batch * (1 if case.phase == "prefill" else new) * VOCAB_SIZE
+    ends = tensor_bytes(inputs) + written * _dtype(case).itemsize
+    return _of_subject(case, subject, generator, counted, ends=ends)
+
+
+def _of_subject(
+    case: Case,
+    subject: Subject,
+    generator: torch.Generator,
+    counted: dict[str, int],
+    *,
+    ends: int,
+) -> Workload:
+    """The phases of a block or a model; `ends` is the bytes of its inputs and outputs."""
+    new, context = _lengths(case)
+    forward = counted["forward_flops"]
+    weights = parameter_bytes(subject.module)
+    room = new + context + 1  # one more token than is timed, for the check
+    function: Callable[[], Any]
+    if case.phase == "forward":
+        function = torch.no_grad()(subject.forward)
+        check = correctness.check_forward(subject, function)
+        work, floor = forward, weights + ends
+    elif case.phase == "prefill":
+        function = torch.no_grad()(partial(subject.prefill, room))
+        check = correctness.check_prefill(subject, function, room)
+        work, floor = forward, weights + ends + counted["state_bytes"]
+    elif case.phase == "decode":
+        state = filled(subject.init_state(case.batch, room), context, generator)
+        # A consumed cache may be stepped again: that overwrites the same slot.
+        function = torch.no_grad()(partial(subject.step, subject.inputs[:, 0], state))
+        check = correctness.check_decode(subject, state, function, room)
+        work, floor = forward, counted["decode_bytes"]
+    elif case.phase == "backward":
+        outputs, function = _backward(subject)
+        check = correctness.check_backward(subject, outputs, function)
+        # Read: parameters, inputs, the gradient of the outputs. Written: the first two's gradients.
+        leaves = tensor_bytes(subject.inputs) if subject.inputs.is_floating_point() else 0
+        work, floor = 2 * forward, 2 * weights + ends + leaves
+    else:
+        function = _train_step(subject)
+        check = correctness.check_train_step(subject)
+        counted["train_flops"] = work = train_flops(forward)
+        # Parameters and AdamW's two moments are read and written.
+        floor = 6 * weights + ends
+    counted |= {"work_flops": work, "floor_bytes": floor}
+    return Workload(function=function, counted=counted, check=check)
+
+
+def _leaves(subject: Subject) -> list[Tensor]:
+    """What gradients are taken of: the parameters, and a block's inputs."""
+    if subject.inputs.is_floating_point():
+        return [subject.inputs.requires_grad_(), *subject.parameters()]
+    return list(subject.parameters())
+
+
+def _backward(subject: Subject) -> tuple[Tensor, Callable[[], tuple[Tensor | None, ...]]]:
+    """The outputs, and the backward pass through the graph that they keep."""
+    leaves = _leaves(subject)
+    outputs = subject.forward()
+    objective, seed = subject.objective(outputs)
+    return outputs, partial(
+        torch.autograd.grad, objective, leaves, seed, retain_graph=True, allow_unused=True
+    )
+
+
+def _train_step(subject: Subject) -> Callable[[], None]:
+    leaves = _leaves(subject)
+    on_cuda = subject.inputs.device.type == "cuda"
+    # On CUDA the plain loop would launch a kernel a parameter, and could not be captured.
+    kernel: dict[str, Any] = {"fused": True, "capturable": True} if on_cuda else {}
+    optimiser = torch.optim.AdamW(subject.parameters(), lr=LEARNING_RATE, **kernel)
+
+    def step() -> None:
+        objective, seed = subject.objective(subject.forward())
+        objective.backward(seed)
+        optimiser.step()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
