@@ -8,7 +8,7 @@ import warnings
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from archs.block import Block, BlockConfig, BlockOutput
 from archs.hyena import HyenaBlock
@@ -74,18 +74,23 @@ def block_class(name: str) -> type[Block]:
     raise ValueError(f"unknown architecture {name!r}, expected one of {', '.join(menu)}{hint}")
 
 
-def resolve_backend(backend: Backend | Literal["auto"]) -> Backend:
+def resolve_backend(backend: str) -> Backend:
     """The backend that "auto" stands for here; any other is returned as it is.
 
-    Until an operation has a Triton kernel, that is "torch" on every device.
+    Until an operation has a Triton kernel, "auto" is "torch" on every device.
+
+    Raises:
+        ValueError: there is no such backend.
     """
     if backend == "auto":
         return "torch"
     if backend not in BACKENDS:
+        close = get_close_matches(backend, ("auto", *BACKENDS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"unknown backend {backend!r}, expected auto or one of {', '.join(BACKENDS)}"
+            f"unknown backend {backend!r}, expected auto or one of {', '.join(BACKENDS)}{hint}"
         )
-    return backend
+    return cast(Backend, backend)
 
 
 def build_block(

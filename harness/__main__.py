@@ -3,23 +3,33 @@
 Verbs import what they need when they run, so that `--help` starts without PyTorch.
 """
 
-import os
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from __future__ import annotations
 
-from cyclopts import App, Parameter
-from rich.console import Console
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
 
 if TYPE_CHECKING:
-    from harness.record import Measurement
+    import pandas as pd
+    from rich.console import Console
+
+    from harness.record import Case
 
 app = App(
     name="seqscale",
     help="What each sequence architecture costs, and what it loses, as the sequence grows.",
     version_flags=[],
+    help_format="plaintext",
 )
-ArchNames = Annotated[list[str] | None, Parameter(name="--arch", negative="")]
+Names = Annotated[list[str] | None, Parameter(negative="")]
+Numbers = Annotated[list[int] | None, Parameter(negative="")]
+Flag = Annotated[bool, Parameter(negative="")]
 
 
 class UsageError(Exception):
@@ -31,9 +41,23 @@ def cost(
     sweep: Path | None = None,
     *,
     preset: str | None = None,
-    arch: ArchNames = None,
-    out: Path = Path("runs/cost"),
+    arch: Names = None,
+    level: Names = None,
+    phase: Names = None,
+    length: Numbers = None,
+    position: Numbers = None,
+    batch: int | None = None,
+    tokens: int | None = None,
+    size: Names = None,
+    dtype: Names = None,
+    backend: Names = None,
+    device: str = "auto",
     threads: int | None = None,
+    time_limit: float = 600.0,
+    energy: Flag = False,
+    out: Path = Path("runs/cost"),
+    dry_run: Flag = False,
+    json: Flag = False,
 ) -> int:
     """Measure time and memory of the cells of a sweep; the same command again resumes.
 
@@ -42,81 +66,292 @@ def cost(
     sweep
         TOML file with [[grid]] tables.
     preset
-        A built-in sweep instead of a file: quick.
+        A built-in sweep instead of a file; seqscale list shows them.
     arch
-        Only these architectures (may be given several times).
-    out
-        Run directory: records, cells.csv.
+        These architectures instead of the sweep's (may be given several times).
+    level
+        Only the grids of this level: op, block, model.
+    phase
+        Only this phase: forward, backward, train_step, prefill, decode.
+    length
+        These sequence lengths instead of the sweep's.
+    position
+        These decode positions instead of the sweep's.
+    batch
+        A constant batch instead of the sweep's.
+    tokens
+        A constant number of tokens B * T instead of the sweep's batch.
+    size
+        This size instead of the sweep's: d256 for a width, 5M for matched parameters.
+    dtype
+        This type instead of the sweep's: float32, bfloat16, float16, float64.
+    backend
+        This backend instead of the sweep's: reference, torch, triton.
+    device
+        auto (an NVIDIA GPU where there is one), cpu or cuda.
     threads
         CPU threads; default: all cores.
+    time_limit
+        Seconds that one cell may take.
+    energy
+        Measure energy too: on a GPU, 2 s longer a cell.
+    out
+        Run directory: records, cells.csv.
+    dry_run
+        Only show the cells, with a rough estimate of their time and memory.
+    json
+        One JSON document on standard output, everything else on standard error.
     """
-    # Spinning OpenMP threads disturb each other on a busy machine; read when PyTorch starts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from harness import cost as cost_module
-    from harness import report
     from harness import sweep as sweep_module
 
-    if (sweep is None) == (preset is None):
+    if sweep is None and preset is None:
         raise UsageError("give a sweep file or --preset, as in: seqscale cost --preset quick")
+    if sweep is not None and preset is not None:
+        raise UsageError(
+            f"give the sweep file {str(sweep)!r} or --preset, not both (options that take several "
+            "values are repeated: --arch mamba2 --arch hyena)"
+        )
+    _check_positive("--threads", threads)
+    _check_positive("--time-limit", time_limit)
     try:
-        grids = sweep_module.load(sweep) if sweep else sweep_module.preset(str(preset))
-        cells = sweep_module.cells(grids, archs=arch or ())
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        device = sweep_module.resolve_device(device)
+        grids = sweep_module.narrowed(
+            sweep_module.load(sweep) if sweep else sweep_module.preset(str(preset)),
+            level=level or (),
+            phase=phase or (),
+            archs=arch,
+            lengths=length,
+            positions=position,
+            batch=batch,
+            tokens=tokens,
+            size=size,
+            dtype=dtype,
+            backend=backend,
+        )
+        cells = sweep_module.cells(grids, device)
+    except FileNotFoundError:
+        raise UsageError(f"{sweep}: no such file") from None
+    except IsADirectoryError:
+        raise UsageError(f"{sweep} is a directory: give a TOML file") from None
+    except ValueError as error:
         raise UsageError(str(error)) from None
-    progress = Console(stderr=True)
-    results = cost_module.run(
-        cells,
-        out,
-        threads=threads,
-        on_finish=lambda done, total, m: progress.print(
-            f"{done:3d}/{total} {m.case.label}: {_outcome(m)}", highlight=False, markup=False
-        ),
-    )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in report.tables(results):
-        console.print(table)
-    print(f"records and cells.csv: {out}")
-    return 0 if results["status"].isin(["ok", "oom", "timeout", "unsupported"]).all() else 4
+    if dry_run:
+        return _show_plan(cells, out, json)
+    from harness.progress import SweepProgress
+
+    with SweepProgress(cells, _console(stderr=True)) as progress:
+        table = cost_module.run(
+            cells,
+            out,
+            device=device,
+            threads=threads,
+            time_limit_s=time_limit,
+            energy=energy,
+            on_open=progress.opened,
+            on_start=progress.started,
+            on_finish=progress.finished,
+        )
+    return _show_results(table[table["key"].isin([case.key for case in cells])], out, json)
 
 
 @app.command
-def plot(run: Path = Path("runs/cost")) -> int:
-    """Draw the figures of a run directory as SVG and PNG into its folder figures.
+def status(run: Path = Path("runs/cost"), *, json: Flag = False) -> int:
+    """Say how far a sweep is: cells recorded, missing, broken.
 
     Parameters
     ----------
     run
-        Run directory of `seqscale cost`.
+        Run directory of seqscale cost.
+    json
+        One JSON document on standard output.
+    """
+    from harness import status as status_module
+
+    try:
+        found = status_module.status(run)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+    _say(found, status_module.lines(found), json)
+    return 0
+
+
+@app.command
+def export(run: Path, to: Path) -> int:
+    """Write a run into one file.
+
+    Parameters
+    ----------
+    run
+        Run directory of seqscale cost, or a JSONL file of this command.
+    to
+        File to write: .csv or .parquet (a row a cell), or .jsonl (everything; loads again).
+    """
+    from harness import export as export_module
+
+    if not run.exists():
+        raise UsageError(f"{run} is not there: run seqscale cost --out {run} first")
+    try:
+        count = export_module.export(run, to)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(f"{to}: {count} cells")
+    return 0
+
+
+@app.command
+def plot(run: Path = Path("runs/cost"), *, out: Path | None = None) -> int:
+    """Draw the figures of a run as SVG and PNG.
+
+    Parameters
+    ----------
+    run
+        Run directory of seqscale cost, or a JSONL file of seqscale export.
+    out
+        Folder for the figures; default: figures in the run directory, or beside the file.
     """
     from harness.plot import NothingToDrawError, draw
 
     try:
-        paths = draw(run)
-    except NothingToDrawError as error:
+        paths = draw(run, out)
+    except (NothingToDrawError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     print("\n".join(map(str, paths)))
     return 0
 
 
-def _outcome(measurement: "Measurement") -> str:
-    if measurement.status != "ok":
-        return f"{measurement.status}: {measurement.reason}"
-    metrics = measurement.metrics
-    if "time_ms_p50" in metrics:
-        return f"{metrics['time_ms_p50']:.3g} ms"
-    return f"{metrics['val_loss_bits_per_byte']:.3f} bits a byte"
+@app.command(name="list")
+def list_(*, json: Flag = False) -> int:
+    """Show what there is to choose from: architectures, presets, levels, phases, types.
+
+    Parameters
+    ----------
+    json
+        One JSON document on standard output.
+    """
+    from harness import listing
+
+    found = listing.everything()
+    _say(found, listing.lines(found), json)
+    return 0
+
+
+@app.command
+def doctor(*, json: Flag = False) -> int:
+    """Say what works on this machine, and why the rest does not.
+
+    Parameters
+    ----------
+    json
+        One JSON document on standard output.
+    """
+    from harness import doctor as doctor_module
+
+    checks = doctor_module.examine()
+    _say(doctor_module.as_json(checks), doctor_module.lines(checks), json)
+    return 0
+
+
+def _show_plan(cells: Sequence[Case], out: Path, as_json: bool) -> int:
+    """The cells of a sweep with their estimates, and which are recorded already."""
+    from harness.estimate import estimate
+    from harness.record import load
+
+    recorded = {m.case.key for m in load(out)[0]} if out.exists() else set()
+    plan = [(case, estimate(case), case.key in recorded) for case in cells]
+    document = [
+        {**case.asked(), "estimated_s": e.seconds, "estimated_bytes": e.bytes, "recorded": known}
+        for case, e, known in plan
+    ]
+    lines = [
+        f"{case.label}: about {e.seconds:.2g} s, {e.bytes / 2**20:,.0f} MiB"
+        + (" (recorded)" if known else "")
+        for case, e, known in plan
+    ]
+    to_do = [e for _, e, known in plan if not known]
+    lines.append(
+        f"{len(to_do)} of {len(plan)} cells to measure: roughly "
+        f"{sum(e.seconds for e in to_do) / 60:.1f} min and up to "
+        f"{max((e.bytes for e in to_do), default=0) / 2**20:,.0f} MiB"
+    )
+    _say({"cells": document}, lines, as_json)
+    return 0
+
+
+def _show_results(table: pd.DataFrame, out: Path, as_json: bool) -> int:
+    from harness import report
+    from harness.record import FAULTS
+
+    broken = bool(table["status"].isin(FAULTS).any())
+    if as_json:
+        counts = table["status"].value_counts().to_dict()
+        _print_json({"out": str(out), "statuses": counts, "cells": report.documents(table)})
+    else:
+        console = _console()
+        for part in report.tables(table):
+            console.print(part)
+        for note in report.notes(table):
+            console.print(note, highlight=False, markup=False)
+        print(f"records and cells.csv: {out}")
+    return 4 if broken else 0
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UsageError(f"{name} must be greater than 0, got {value}")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or 120 columns in a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+
+
+def _say(document: Any, lines: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        _print_json(document)
+    else:
+        print("\n".join(lines))
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
-    """Run the command line; wrong usage is one line on standard error and exit code 2."""
+    """Run the command line.
+
+    What the user can mend is one line on standard error: exit code 2 for wrong usage, 5 for the
+    machine. Interrupted, it ends with 130 or 143; what was recorded stays.
+    """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app())
+        code = app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        code = _complain(str(error), 2)
     except UsageError as error:
-        print(f"seqscale: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _complain(str(error), 2)
+    except KeyboardInterrupt:
+        code = _complain("interrupted: what is recorded stays, the same command resumes", 130)
+    except BrokenPipeError:  # the reader of a pipe left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"seqscale: {error}", file=sys.stderr)
-        sys.exit(5)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code = _complain(what, 5)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    print("seqscale:", " ".join(message.split()), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

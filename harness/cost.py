@@ -1,113 +1,132 @@
-"""`seqscale cost`: run a sweep's cells one after another, each an atomic record."""
+"""`seqscale cost`: what the cells of a sweep cost in time and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from archs.ops import BackendUnavailableError
-from harness import record, report, timing
-from harness.record import Case, Measurement
+from harness.record import Case, Measurement, RunDirectory, write_atomically
+from harness.run import Settings, run_cells
+from harness.worker import WrongResultError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Report = Callable[[int, int, Measurement], None]  # cells done, cells in all, the newest
+    from harness.sweep import Grid
+
+Metrics = dict[str, Any]
+Samples = dict[str, list[float]]
 
 
 def run(
-    cells: Sequence[Case],
-    out: Path,
+    sweep: str | Path | Sequence[Grid] | Sequence[Case],
+    out: Path | str = "runs/cost",
     *,
+    device: str = "auto",
     threads: int | None = None,
+    time_limit_s: float = 600.0,
+    energy: bool = False,
+    on_open: Callable[[RunDirectory], None] = lambda directory: None,
     on_start: Callable[[Case], None] = lambda case: None,
-    on_finish: Report = lambda done, total, measurement: None,
+    on_finish: Callable[[Measurement, bool], None] = lambda measurement, known: None,
 ) -> pd.DataFrame:
-    """Measure every cell that `out` does not hold yet; one row a cell.
-
-    A finished cell is skipped where its device, software and code are those of now.
+    """Measure every cell that `out` does not hold yet; one row a cell, all cells of `out`.
 
     Args:
-        cells: what to measure, from `harness.sweep.cells`.
+        sweep: name of a preset, path of a TOML file, grids, or cells of `harness.sweep.cells`.
         out: run directory; records go to `out`/records, the table to `out`/cells.csv.
+        device: "cpu", "cuda", or "auto": an NVIDIA GPU where there is one.
         threads: CPU threads for PyTorch; default: as it is.
-        on_start: called before each cell that is not skipped.
-        on_finish: called after each cell.
+        time_limit_s: for one cell; one that takes longer is recorded as "timeout".
+        energy: measure energy too (GPU only, 2 s longer a cell).
+        on_open: called once with the opened run directory.
+        on_start: called before each cell that is measured.
+        on_finish: called for each cell with its measurement, and whether it was there before.
+
+    Raises:
+        ValueError: something in the sweep does not exist.
+        DirectoryInUseError: another sweep writes into `out`.
+        OSError: `out` cannot be written.
+        WorkerFailedError: no process that measures can be started.
     """
-    settings = timing.prepare_process(threads)
-    environment = {**record.environment(), **settings}
-    finished = {
-        m.case.key: m
-        for m in record.read(out)
-        if m.status == "ok" and record.same_place(m.environment, environment)
-    }
-    for done, case in enumerate(cells, start=1):
-        if case.key in finished:
-            on_finish(done, len(cells), finished[case.key])
-            continue
-        on_start(case)
-        measurement = _attempt(case, {**record.environment(), **settings})
-        record.write(out, measurement)
-        on_finish(done, len(cells), measurement)
-    table = report.frame(out)
-    table.to_csv(out / "cells.csv", index=False)
+    from harness import report
+    from harness.sweep import as_cells, resolve_device
+
+    device = resolve_device(device)
+    cells = as_cells(sweep, device)
+    out = Path(out)
+    with RunDirectory(out) as directory:
+        on_open(directory)
+        settings = Settings(device, threads, time_limit_s, energy)
+        run_cells(cells, directory, settings, on_start=on_start, on_finish=on_finish)
+        table = report.frame(out)
+        write_atomically(out / "cells.csv", table.to_csv(index=False))
     return table
 
 
-def _attempt(case: Case, environment: dict) -> Measurement:
-    """Measure one cell; whatever goes wrong becomes its status."""
-    try:
-        measure = {"cost": _cost, "loss": _loss}[case.kind]
-        return measure(case, environment)
-    except (NotImplementedError, BackendUnavailableError) as error:
-        return _failed(case, environment, "unsupported", error)
-    except FloatingPointError as error:
-        return _failed(case, environment, "diverged", error)
-    except MemoryError as error:
-        return _failed(case, environment, "oom", error)
-    except Exception as error:
-        # PyTorch reports exhausted CPU memory as a plain RuntimeError.
-        status = "oom" if "can't allocate memory" in str(error) else "error"
-        return _failed(case, environment, status, error)
+def measure(
+    case: Case, device: str, ceilings: Mapping[str, float], *, energy: bool = False
+) -> tuple[Metrics, Samples]:
+    """Metrics and samples of one cell, measured in this process.
 
-
-def _failed(case: Case, environment: dict, status: str, error: BaseException) -> Measurement:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return Measurement(case=case, status=status, reason=reason, environment=environment)
-
-
-def _cost(case: Case, environment: dict) -> Measurement:
+    Raises:
+        WrongResultError: the result differs from the reference.
+        FasterThanRooflineError: the time is below what the device can do.
+        NotImplementedError: there is no such cell.
+        FloatingPointError: a training run diverged.
+    """
+    if case.kind == "loss":
+        return _loss(case)
+    from harness import timing
     from harness.workload import ALLOWED_ERROR, build
 
-    workload = build(case)
-    errors = [workload.error()] if workload.error else []
-    peak = timing.peak_bytes(workload.function)
-    samples = timing.measure(workload.function)
-    if workload.error:
-        errors.append(workload.error())
-    if wrong := [e for e in errors if not e <= ALLOWED_ERROR[case.dtype]]:
-        reason = f"relative error {wrong[0]:.1e} against the reference"
-        return Measurement(case=case, status="wrong", reason=reason, environment=environment)
-    metrics = {**timing.quantiles(samples), "peak_bytes": peak, **workload.counted}
-    if errors:
-        metrics["relative_error"] = max(errors)
-    return Measurement(
-        case=case,
-        status="ok",
-        environment=environment,
-        metrics=metrics,
-        samples={"time_ms": samples},
-    )
+    workload = build(case, device)
+    allowed = ALLOWED_ERROR[case.dtype]
+    before = _checked(workload.check(), allowed)
+    metrics, samples = timing.observe(workload.function, device=device, energy=energy)
+    after = _checked(workload.check(), allowed)
+    metrics |= {**workload.counted, "relative_error": max(before, after)}
+    metrics["roofline_fraction"] = _attainment(case, metrics, device, ceilings)
+    return metrics, samples
 
 
-def _loss(case: Case, environment: dict) -> Measurement:
+def _attainment(case: Case, metrics: Metrics, device: str, measured: Mapping[str, float]) -> float:
+    """The lower bound of a cell's time over its time; FasterThanRooflineError if that is over 1.
+
+    Before that is said, the ceilings are measured once more: the first time may have been
+    disturbed, which lowers them.
+    """
+    from harness import ceilings
+
+    def fraction(rates: Mapping[str, float]) -> float:
+        return ceilings.check_roofline(
+            metrics["time_ms_p50"],
+            flops=metrics["work_flops"],
+            floor_bytes=metrics["floor_bytes"],
+            dtype=case.dtype,
+            ceilings=rates,
+            cache_bytes=ceilings.cache_bytes(device),
+        )
+
+    try:
+        return fraction(measured)
+    except ceilings.FasterThanRooflineError:
+        now = ceilings.measure(device, [case.dtype])
+        return fraction({name: max(now[name], measured[name]) for name in now})
+
+
+def _checked(error: float, allowed: float) -> float:
+    if not error <= allowed:  # NaN is wrong too
+        raise WrongResultError(f"relative error {error:.1e} against the reference, not {allowed:g}")
+    return error
+
+
+def _loss(case: Case) -> tuple[Metrics, Samples]:
     from harness import data, loss
     from harness.workload import build_model
 
     assert case.seq_len is not None
-    if case.options["corpus"] != "python-source":
-        raise NotImplementedError(f"no corpus {case.options['corpus']!r}: python-source is there")
     corpus = data.python_source()
     model = build_model(case, max_len=case.seq_len)
     run = loss.train(
@@ -119,21 +138,14 @@ def _loss(case: Case, environment: dict) -> Measurement:
         learning_rate=case.options["learning_rate"],
         seed=case.seed,
     )
-    steps = len(run.train_bits_per_byte)
     metrics = {
         "train_loss_bits_per_byte_first": run.train_bits_per_byte[0],
         "train_loss_bits_per_byte_last": run.train_bits_per_byte[-1],
         "val_loss_bits_per_byte": run.validation_bits_per_byte,
         "train_s": run.seconds,
-        "tokens": steps * case.batch * case.seq_len,
+        "tokens": len(run.train_bits_per_byte) * case.batch * case.seq_len,
         "params": model.parameter_count(),
         "corpus_sha256": corpus.sha256,
         "corpus_bytes": len(corpus.train) + len(corpus.validation),
     }
-    return Measurement(
-        case=case,
-        status="ok",
-        environment=environment,
-        metrics=metrics,
-        samples={"train_loss_bits_per_byte": run.train_bits_per_byte},
-    )
+    return metrics, {"train_loss_bits_per_byte": run.train_bits_per_byte}

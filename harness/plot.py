@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
 from harness.record import Measurement
-from harness.report import frame
+from harness.report import curves, frame
 from harness.sweep import in_order
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,9 @@ LEVELS = {"op": "sequence operation", "block": "one block", "model": "whole mode
 PHASES = {
     "forward": "forward",
     "train_step": "training step (forward, backward, AdamW)",
+    "backward": "backward",
     "prefill": "prefill",
+    "decode": "decoding one token",
 }
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "seqscale",
@@ -52,40 +54,45 @@ class NothingToDrawError(Exception):
     """The run directory holds no record that can be drawn; the message says what to run."""
 
 
-def draw(out: Path) -> list[Path]:
-    """Draw every figure that the records under `out` allow into `out`/figures; their paths.
+def draw(source: Path, out: Path | None = None) -> list[Path]:
+    """Draw every figure that the records of a run directory or packed file allow; their paths.
+
+    Args:
+        source: run directory, or JSONL file of `seqscale export`.
+        out: folder for the figures; default: figures beside the records.
 
     Raises:
-        NothingToDrawError: `out` holds no record that can be drawn.
+        NothingToDrawError: `source` holds no record that can be drawn.
+        FileNotFoundError: `source` is not there.
     """
-    measurements, cells = record.read(out), frame(out)
+    measurements, _ = record.load(source)
+    cells = frame(source)
     if cells.empty:
-        raise NothingToDrawError(f"{out} holds no records: run seqscale cost --out {out} first")
+        raise NothingToDrawError(f"{source} holds no records: run seqscale cost first")
+    out = out or (source if source.is_dir() else source.parent) / "figures"
     paths: list[Path] = []
     with plt.rc_context(SETTINGS):
-        cost = cells[(cells["kind"] == "cost") & (cells["status"] == "ok")]
-        for names, part in cost.groupby(["level", "phase", "size"]):
-            level, phase, size = map(str, names)
-            if phase == "decode":
-                figure = _decode(part)
-                title = (
-                    f"Decoding one token, whole model: {_size(size)}, "
-                    f"batch {_one(part['batch'])}, {_one(part['dtype'])}"
-                )
-            else:
-                figure = _growth(part)
-                title = (
-                    f"{LEVELS[level].capitalize()}, {PHASES[phase]}: {_size(size)}, "
-                    f"batch {_one(part['batch'])}, {_one(part['dtype'])}"
-                )
-            paths += _save(figure, out, f"{level}_{phase}_{size}", title, measurements)
+        for common, part in curves(cells[cells["status"] == "ok"]):
+            level, phase, size = common["level"], common["phase"], common["size"]
+            figure = _decode(part) if phase == "decode" else _growth(part)
+            title = (
+                f"{LEVELS[level].capitalize()}, {PHASES[phase]}: {_size(size)}, "
+                f"{common['batch']}, {common['dtype']}, backend {common['backend']}"
+            )
+            paths += _save(figure, out, _file_name(common), title, measurements)
         runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
         if runs:
             title = "Training on real bytes, matched parameters"
             paths += _save(_losses(runs), out, "training_loss", title, measurements)
     if not paths:
-        raise NothingToDrawError(f"{out} holds no finished cell to draw")
+        raise NothingToDrawError(f"{source} holds no finished cell to draw")
     return paths
+
+
+def _file_name(common: dict[str, Any]) -> str:
+    """What tells one figure from the others of a run, fit for a file's name."""
+    batch = common["batch"].replace("·", "").replace(",", "").replace(" = ", "")
+    return "_".join([*(common[k] for k in ("level", "phase", "size", "dtype", "backend")), batch])
 
 
 def _growth(part: pd.DataFrame) -> Figure:
@@ -187,8 +194,8 @@ def _save(
     figure.suptitle(title, fontsize=10)
     figure.text(0.01, 0.005, _footer(measurements), fontsize=6, color="0.35", va="bottom")
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    (out / "figures").mkdir(exist_ok=True)
-    paths = [out / "figures" / f"{name}.{kind}" for kind in ("svg", "png")]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}.{kind}" for kind in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None})
     figure.savefig(paths[1], dpi=150)
     plt.close(figure)
@@ -214,9 +221,15 @@ def _footer(measurements: list[Measurement]) -> str:
 
 
 def _by_arch(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Each architecture's cells by length or position; replicates as their median."""
     along = "position" if cells["position"].notna().any() else "seq_len"
+    shown = ["batch", "time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes"]
     return [
-        (arch, cells[cells["arch"] == arch].sort_values(along)) for arch in in_order(cells["arch"])
+        (
+            arch,
+            cells[cells["arch"] == arch].groupby(along)[shown].median().astype(float).reset_index(),
+        )
+        for arch in in_order(cells["arch"])
     ]
 
 
@@ -226,10 +239,6 @@ def _name(arch: str) -> str:
 
 def _size(size: str) -> str:
     return f"width {size[1:]}" if size.startswith("d") else f"{size} parameters"
-
-
-def _one(column: pd.Series) -> str:
-    return ", ".join(str(v) for v in column.unique())
 
 
 def _length_axis(axes: Axes, lengths: list[Any], label: str) -> None:

@@ -1,23 +1,26 @@
-"""Cases, measurements and the environment: the one identity, the one file format.
+"""Cases and measurements: the one identity, the one file format.
 
 One JSON file a cell attempt, written to a temporary name, fsynced and renamed, so that a reader
-never sees half a record. NaN is never written.
+never sees half a record, whatever is killed when. NaN is never written. A file that is no record
+is named and set aside, never trusted and never deleted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import gc
 import hashlib
 import json
 import os
-import platform
-import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+
+from harness.environment import FINGERPRINT
 
 if TYPE_CHECKING:
     from archs.ops import Backend
@@ -33,8 +36,7 @@ STATUSES = (
     "diverged",
     "error",
 )
-# Where two measurements may be compared as one: same device, same software under the numbers.
-FINGERPRINT = ("device", "cores", "threads", "memory_gib", "torch", "triton", "python")
+FAULTS = frozenset({"crashed", "wrong", "error"})  # something is broken; the rest are results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +58,34 @@ class Case:
     replicate: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(CANONICAL.encode(self.asked()).encode()).hexdigest()[:16]
+
+    def asked(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {name: self.__dict__[name] for name in CASE_FIELDS}
 
     @property
     def label(self) -> str:
         """One line for people."""
         where = f"T={self.seq_len}" if self.position is None else f"position {self.position}"
-        return f"{self.arch} {self.level} {self.phase} {where} {self.size} {self.backend}"
+        again = f" replicate {self.replicate}" if self.replicate else ""
+        return (
+            f"{self.arch} {self.level} {self.phase} {where} B={self.batch} {self.size} "
+            f"{self.dtype} {self.backend}{again}"
+        )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} in a record")
+
+
+# Made once: 100,000 records are read in seconds.
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+CASE_FIELDS = tuple(f.name for f in fields(Case))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +95,8 @@ class Measurement:
     case: Case
     status: str
     environment: Mapping[str, Any]
-    reason: str | None = None
+    reason: str | None = None  # one line, for every status but "ok"
+    detail: str | None = None  # traceback or last output, where there is one
     metrics: Mapping[str, float | int | str | None] = field(default_factory=dict)
     samples: Mapping[str, list[float]] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -86,128 +106,247 @@ class Measurement:
             raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
 
 
-def write(directory: Path, measurement: Measurement) -> Path:
-    """Write one record atomically into `directory`/records and return its path.
+class Damaged(NamedTuple):
+    """A file among the records that is not one this version can read."""
+
+    path: Path
+    reason: str
+
+
+class DirectoryInUseError(OSError):
+    """Another sweep writes into the directory; the message names its process."""
+
+
+def to_json(measurement: Measurement, indent: int | None = None) -> str:
+    """Canonical JSON of a measurement; ValueError if a number in it is NaN or infinite."""
+    document = {**vars(measurement), "case": measurement.case.asked()}
+    return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
+
+
+def from_json(text: bytes) -> Measurement:
+    """The measurement in a JSON document.
 
     Raises:
-        ValueError: a metric or sample is NaN or infinite.
+        ValueError: not JSON, not a record, or of another schema; the message says which.
     """
-    records = directory / "records"
-    records.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(measurement), indent=1, sort_keys=True, allow_nan=False)
-    key = measurement.case.key
-    attempt = 1 + len(list(records.glob(f"{key}-*.json")))
-    path = records / f"{key}-{attempt:03d}.json"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
+    try:
+        document = DECODER.decode(text.decode())
+    except UnicodeDecodeError:
+        raise ValueError("not text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}" if text.strip() else "empty") from None
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ValueError("not a record")
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA}")
+    try:
+        return Measurement(**{**document, "case": Case(**document["case"])})
+    except TypeError as error:
+        raise ValueError(f"not a record: {error}") from None
 
 
-def read(directory: Path) -> list[Measurement]:
-    """The latest attempt at every case under `directory`/records, in order of file name."""
+def load(source: Path) -> tuple[list[Measurement], list[Damaged]]:
+    """The latest attempt at every case, and the files that are no records.
+
+    Args:
+        source: a run directory, or a packed JSONL file of `seqscale export`.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    with collector_paused():
+        return _load(source, packed=source.is_file())
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection: walking 100,000 records again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(source: Path, *, packed: bool) -> tuple[list[Measurement], list[Damaged]]:
     latest: dict[str, Measurement] = {}
-    for path in sorted((directory / "records").glob("*.json")):
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["schema"] != SCHEMA:
-            raise ValueError(f"{path}: schema {fields['schema']}, this version reads {SCHEMA}")
-        fields["case"] = Case(**fields["case"])
-        latest[fields["case"].key] = Measurement(**fields)
-    return list(latest.values())
+    damaged = []
+    for name, text in _lines(source) if packed else _files(source):
+        try:
+            measurement = from_json(text)
+            key = measurement.case.key
+            if not (packed or name.startswith(f"{key}-")):
+                raise ValueError("its name is not that of its case")
+        except ValueError as error:
+            path = source if packed else source / "records" / name
+            damaged.append(Damaged(path, f"line {name}: {error}" if packed else str(error)))
+        else:
+            latest[key] = measurement
+    return list(latest.values()), damaged
 
 
-def rows(measurements: list[Measurement]) -> list[dict[str, Any]]:
+def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the records, in order of name, so that later attempts come later."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not there: run seqscale cost --out {directory}")
+    records = str(directory / "records")
+    for name in sorted(os.listdir(records)) if os.path.isdir(records) else []:  # noqa: PTH112,PTH208
+        if name.endswith(".json"):
+            with open(f"{records}/{name}", "rb") as file:  # noqa: PTH123
+                yield name, file.read()
+
+
+def _lines(packed: Path) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(packed.read_bytes().splitlines(), start=1):
+        yield str(number), line
+
+
+def rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
     """One flat row a measurement: case, status, metrics, and where it was taken."""
+    places = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc")
     return [
         {
             "key": m.case.key,
-            **{k: v for k, v in asdict(m.case).items() if k != "options"},
+            **m.case.asked(),
             "options": json.dumps(dict(m.case.options), sort_keys=True),
             "status": m.status,
             "reason": m.reason,
             **m.metrics,
-            **{k: m.environment.get(k) for k in (*FINGERPRINT, "commit", "dirty", "kernel_hash")},
+            **{name: m.environment.get(name) for name in places},
         }
         for m in measurements
     ]
 
 
-def same_place(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether a record taken in environment `a` still stands in `b`: same device, same code."""
-    return all(a.get(key) == b.get(key) for key in (*FINGERPRINT, "kernel_hash"))
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: after a crash at any moment it holds all of the old or the new.
 
-
-def environment() -> dict[str, Any]:
-    """Device, software, code and time, as stored with every measurement."""
-    import torch
-
-    return {
-        **_host(),
-        "threads": torch.get_num_threads(),
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{
-            name: os.environ.get(name)
-            for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        },
-    }
-
-
-@functools.cache
-def _host() -> dict[str, Any]:
-    """The part of the environment that cannot change while the process lives."""
-    root = Path(__file__).parent.parent
-    return {
-        "device": _cpu_name(),
-        "device_type": "cpu",
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "numpy")},
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        "kernel_hash": kernel_hash(),
-    }
-
-
-def kernel_hash() -> str:
-    """16 hexadecimal digits over every source file of `archs`: the code that is timed."""
-    import archs
-
-    digest = hashlib.sha256()
-    root = Path(archs.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
+    Raises:
+        OSError: disk full or no permission; no temporary file is left.
+    """
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """Standard output of git in `root`, or None outside a checkout."""
+class RunDirectory:
+    """A run directory held by its only writer, this process, until it is closed.
+
+    Opening it clears what a killed writer left half-written, reads the records, and moves what is
+    no record into the folder set-aside.
+
+    Attributes:
+        path: the directory.
+        latest: the latest attempt at every case, by key.
+        damaged: the files that were set aside, at their old paths.
+
+    Raises:
+        DirectoryInUseError: another sweep holds it.
+        OSError: it cannot be created, read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records = path / "records"
+        self.records.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path / ".lock")
+        try:
+            for litter in (*self.records.glob("*.tmp"), *path.glob("*.tmp")):
+                litter.unlink()
+            write_atomically(self.records / "probe", "")
+            (self.records / "probe").unlink()
+            measurements, self.damaged = load(path)
+            if self.damaged:
+                (path / "set-aside").mkdir(exist_ok=True)
+            for file, _ in self.damaged:
+                file.replace(_free_name(path / "set-aside" / file.name))
+        except BaseException:
+            self.close()
+            raise
+        self.latest = {m.case.key: m for m in measurements}
+
+    def write(self, measurement: Measurement) -> Path:
+        """Add a record as a new file beside those of earlier attempts, and return its path.
+
+        Raises:
+            ValueError: a metric or sample is NaN or infinite.
+            OSError: disk full or no permission; nothing is left of the record.
+        """
+        key = measurement.case.key
+        text = to_json(measurement, indent=1) + "\n"
+        attempt = 1
+        while (path := self.records / f"{key}-{attempt:03d}.json").exists():
+            attempt += 1
+        write_atomically(path, text)
+        self.latest[key] = measurement
+        return path
+
+    def close(self) -> None:
+        """Let another sweep have the directory."""
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def holder(directory: Path) -> int | None:
+    """The process that is sweeping into a run directory, or None."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        lock = os.open(directory / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
         return None
-    return done.stdout.strip()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(lock, 32, 0) or 0)
+    else:
+        return None
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """Hold `path` for this process; the kernel lets go of it when the process dies."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(lock, 32, 0).decode().strip()
+        os.close(lock)
+        raise DirectoryInUseError(
+            f"{path.parent} is in use by the sweep of process {pid}: wait for it, stop it, "
+            "or give another --out"
+        ) from None
+    except OSError:
+        os.close(lock)
+        raise
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    return lock
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path.2, path.3 … that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free

@@ -1,8 +1,12 @@
 """Tables of what a run directory holds."""
 
+from __future__ import annotations
+
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -13,31 +17,84 @@ from harness.sweep import CHOICES, in_order
 
 # What tables and figures read of a cost cell.
 METRICS = ("time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes")
+FOREIGN_LOAD = 0.5  # cores that others may use before a time counts as disturbed
+# Cells that differ in one of these are never on one curve.
+CURVE = ("level", "phase", "size", "dtype", "backend", "implementation", "device")
 
 
-def frame(out: Path) -> pd.DataFrame:
-    """All cells recorded under `out`, one row each, in the order of the menu and of length."""
-    table = pd.DataFrame(record.rows(record.read(out)))
+def frame(source: Path) -> pd.DataFrame:
+    """All cells of a run directory or packed file, one row each, by menu and length.
+
+    The column stable says whether the device kept its speed from start to end of the sweep that
+    measured the cell: null where the sweep did not end, or for a packed file.
+    """
+    with record.collector_paused():
+        table = pd.DataFrame(record.rows(record.load(source)[0]))
     if table.empty:
         return table
     for metric in {*METRICS} - {*table.columns}:  # no cell reached it
         table[metric] = math.nan
+    table["stable"] = table["session"].map(_stability(source))
     ranks = {**CHOICES, "arch": in_order(table["arch"])}
 
     def rank(column: pd.Series) -> pd.Series:
         return column.map(ranks[name].index) if (name := str(column.name)) in ranks else column
 
-    order = ["kind", "level", "phase", "size", "arch", "seq_len", "position"]
-    return table.sort_values(order, key=rank, ignore_index=True)
+    order = ["kind", "level", "phase", "size", "dtype", "backend", "arch", "seq_len", "position"]
+    return table.sort_values([*order, "batch", "replicate"], key=rank, ignore_index=True)
+
+
+def _stability(source: Path) -> dict[str, bool]:
+    """For each finished session of a run directory: did its ceilings stay where they were?"""
+    sessions = (json.loads(path.read_text()) for path in (source / "sessions").glob("*.json"))
+    return {s["session"]: s["stable"] for s in sessions if "stable" in s}
+
+
+def documents(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as plain dictionaries for JSON: null where a cell has no such value."""
+    return json.loads(table.to_json(orient="records"))
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What a reader of the tables must know: broken, disturbed and unstable cells."""
+    said = []
+    for status, part in table[table["status"] != "ok"].groupby("status"):
+        reason = str(part["reason"].iloc[0])
+        said.append(f"{len(part)} {status}: {reason}" + (" (the first)" if len(part) > 1 else ""))
+    if "foreign_load" in table and (count := int((table["foreign_load"] > FOREIGN_LOAD).sum())):
+        said.append(f"{count} cells were timed while other processes used the CPU (foreign_load)")
+    if count := int((table["stable"] == False).sum()):  # noqa: E712 (null is neither)
+        said.append(
+            f"{count} cells come from a sweep whose device did not keep its speed from start to "
+            "end (stable = False; figures in sessions/)"
+        )
+    return said
+
+
+def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The cost cells that belong on one set of axes, with what they have in common.
+
+    Besides `CURVE` that is the batch, or the number of tokens B * T where the batch varies: a
+    constant token budget.
+    """
+    cost = cells[cells["kind"] == "cost"]
+    for values, part in cost.groupby(list(CURVE), sort=False):
+        common = dict(zip(CURVE, values, strict=True))
+        tokens = part["batch"] * part["seq_len"]
+        if part["batch"].nunique() > 1 and tokens.nunique() == 1:
+            yield {**common, "batch": f"B·T = {int(tokens.iloc[0]):,}"}, part
+        else:
+            for batch, same in part.groupby("batch"):
+                yield {**common, "batch": f"B = {batch}"}, same
 
 
 def tables(cells: pd.DataFrame) -> list[Table]:
-    """The summary for a terminal: a table a level and phase, then the training runs."""
+    """The summary for a terminal: a table a curve, then the training runs."""
     found = []
-    cost = cells[cells["kind"] == "cost"]
-    for (level, phase, size), part in cost.groupby(["level", "phase", "size"], sort=False):
-        along = "position" if phase == "decode" else "seq_len"
-        found.append(_growth_table(f"{level} {phase}, {size}", part, along))
+    for common, part in curves(cells):
+        along = "position" if common["phase"] == "decode" else "seq_len"
+        what = "{level} {phase}, {size}, {batch}, {dtype}, {backend}".format(**common)
+        found.append(_growth_table(what, part, along))
     runs = cells[cells["kind"] == "loss"]
     if len(runs):
         found.append(_loss_table(runs))
@@ -45,7 +102,10 @@ def tables(cells: pd.DataFrame) -> list[Table]:
 
 
 def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
-    """Time a sequence with the local exponent up to it, peak memory and state, by length."""
+    """Time a sequence with the local exponent up to it, peak memory and state, by length.
+
+    Replicates are shown by their median.
+    """
     lengths = sorted(part[along].unique())
     table = Table(title=f"{title}: by {'position' if along == 'position' else 'length T'}")
     table.add_column("architecture")
@@ -53,16 +113,20 @@ def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
     for length in lengths:
         table.add_column(f"{int(length):,}", justify="right")
     for arch in in_order(part["arch"].unique()):
-        mine = part[part["arch"] == arch].set_index(along).reindex(lengths)
-        times = mine["time_ms_p50"] / mine["batch"]
+        mine = part[part["arch"] == arch]
+        groups = mine.groupby(along)
+        numbers = groups[["time_ms_p50", "batch", "peak_bytes", "state_bytes"]].median()
+        numbers = numbers.astype(float).reindex(lengths)
+        failed = mine[mine["status"] != "ok"].groupby(along)["status"].first().to_dict()
+        times = numbers["time_ms_p50"] / numbers["batch"]
         shown = [
-            _number(time) if status == "ok" else str(status)
-            for time, status in zip(times, mine["status"], strict=True)
+            str(failed[length]) if length in failed else _number(time)
+            for length, time in zip(lengths, times, strict=True)
         ]
         table.add_row(arch, "ms a token" if along == "position" else "ms a sequence", *shown)
         table.add_row("", "local exponent", *_exponent_cells(lengths, times.tolist()))
-        table.add_row("", "peak memory, MiB", *map(_mebibytes, mine["peak_bytes"]))
-        table.add_row("", "state, MiB", *map(_mebibytes, mine["state_bytes"]), end_section=True)
+        table.add_row("", "peak memory, MiB", *map(_mebibytes, numbers["peak_bytes"]))
+        table.add_row("", "state, MiB", *map(_mebibytes, numbers["state_bytes"]), end_section=True)
     return table
 
 
@@ -76,11 +140,13 @@ def _exponent_cells(lengths: Sequence[float], times: Sequence[float]) -> list[st
 
 
 def _mebibytes(value: float) -> str:
-    return _number(value / 2**20) if math.isfinite(value) else "-"
+    return _number(value / 2**20)
 
 
 def _number(value: float) -> str:
-    """Three digits, and never an exponent for a large number."""
+    """Three digits, and never an exponent for a large number; "-" where there is none."""
+    if not math.isfinite(value):
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

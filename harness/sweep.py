@@ -1,8 +1,11 @@
 """Sweeps: grids of cells, from presets or TOML files."""
 
+from __future__ import annotations
+
+import itertools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,22 @@ from harness.sizes import parse_size
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+MAX_LENGTH = 1 << 30
+
+CHOICES = {
+    "kind": ("cost", "loss"),
+    "level": ("op", "block", "model"),
+    "phase": ("forward", "backward", "train_step", "prefill", "decode"),
+    "dtype": ("float32", "float64", "bfloat16", "float16"),
+    "backend": ("reference", "torch", "triton"),
+    "device": ("cpu", "cuda"),
+}
+PHASES = {
+    "op": ("forward", "backward", "decode"),
+    "block": ("forward", "backward", "train_step", "prefill", "decode"),
+    "model": ("forward", "backward", "train_step", "prefill", "decode"),
+}
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def in_order(archs: Iterable[str]) -> list[str]:
@@ -22,34 +41,93 @@ def in_order(archs: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Every combination of its architectures and lengths (or positions) is one cell."""
+    """Every combination of what is given as a list is one cell.
+
+    A word or number may stand for a list of one. Lengths go with every phase but decode, which
+    takes positions.
+    """
 
     kind: str = "cost"
-    level: str
-    phase: str
-    archs: Sequence[str] = ARCHS
-    lengths: Sequence[int] = ()
-    positions: Sequence[int] = ()  # decode only
-    batch: int = 1
-    size: str = "d256"
-    dtype: str = "float32"
-    backend: str = "torch"
+    level: str | Sequence[str]
+    phase: str | Sequence[str]
+    archs: str | Sequence[str] = ARCHS
+    lengths: int | Sequence[int] = ()
+    positions: int | Sequence[int] = ()  # decode only
+    tokens: int | None = None  # constant token budget: the batch is tokens / length
+    batch: int | None = None  # constant batch, unless there are tokens; default 1
+    size: str | Sequence[str] = "d256"
+    dtype: str | Sequence[str] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    backend: str | Sequence[str] = "auto"
+    replicates: int = 1  # each cell so many times
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def cells(self) -> list[Case]:
-        """The cells, shortest first, architectures side by side."""
-        shared = {
-            name: getattr(self, name)
-            for name in (
-                "kind", "level", "phase", "batch", "size", "dtype", "backend", "seed", "options",
+    def cells(self, device: str = "cpu") -> list[Case]:
+        """The cells, shortest first, architectures side by side.
+
+        Raises:
+            ValueError: a field of the wrong type, or a name, number or combination that cannot be;
+                the message says what to write.
+        """
+        from archs import resolve_backend
+
+        self._check_numbers()
+        levels, phases, archs, sizes, dtypes = (
+            self._names(name) for name in ("level", "phase", "archs", "size", "dtype")
+        )
+        backends = [resolve_backend(name) for name in self._names("backend")]
+        return [
+            Case(
+                kind=self.kind,
+                arch=arch,
+                level=level,
+                phase=phase,
+                batch=self._batch(number),
+                seq_len=None if phase == "decode" else number,
+                position=number if phase == "decode" else None,
+                size=size,
+                dtype=DEFAULT_DTYPE[device] if dtype == "auto" else dtype,
+                backend=backend,
+                seed=self.seed,
+                replicate=replicate,
+                options=self.options,
             )
-        }  # fmt: skip
-        if self.phase == "decode":
-            places = [{"seq_len": None, "position": p} for p in self.positions]
-        else:
-            places = [{"seq_len": n, "position": None} for n in self.lengths]
-        return [Case(arch=a, **shared, **p) for p in places for a in self.archs]
+            for backend in backends
+            for level, phase, size, dtype in itertools.product(levels, phases, sizes, dtypes)
+            for number in _listed(self.positions if phase == "decode" else self.lengths)
+            for arch in archs
+            for replicate in range(self.replicates)
+        ]
+
+    def _names(self, name: str) -> list[str]:
+        values = _listed(getattr(self, name))
+        if not values or not all(isinstance(v, str) for v in values):
+            raise ValueError(f"{name} must be a name or a list of names, got {values!r}")
+        return values
+
+    def _check_numbers(self) -> None:
+        for name, low in (("batch", 1), ("tokens", 1), ("replicates", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and not (_is_whole(value) and value >= low):
+                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+        for name in ("lengths", "positions"):
+            for value in _listed(getattr(self, name)):
+                if not (_is_whole(value) and 1 <= value <= MAX_LENGTH):
+                    raise ValueError(f"{name} must be whole numbers >= 1, got {value!r}")
+        if self.tokens is not None and self.batch is not None:
+            raise ValueError("give tokens (a constant B * T) or batch (a constant B), not both")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options must be a table, got {self.options!r}")
+
+    def _batch(self, length: int) -> int:
+        if self.tokens is None:
+            return self.batch or 1
+        if self.tokens % length:
+            raise ValueError(
+                f"tokens = {self.tokens} is not a multiple of length {length}: with a constant "
+                "token budget every length must divide it"
+            )
+        return self.tokens // length
 
 
 PRESETS: dict[str, tuple[Grid, ...]] = {
@@ -62,11 +140,42 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             kind="loss",
             level="model",
             phase="train_step",
-            lengths=(256,),
+            lengths=256,
             batch=8,
             size="1M",
             options={"steps": 50, "learning_rate": 2e-3, "corpus": "python-source"},
         ),
+    ),
+    # About an hour on a CPU: three processes' worth of every point, so that fits have intervals.
+    "cpu": (
+        Grid(
+            level="op",
+            phase=("forward", "backward"),
+            lengths=(*LENGTHS, 32768),
+            tokens=32768,
+            replicates=3,
+        ),
+        Grid(level="block", phase=("train_step", "prefill"), lengths=LENGTHS[:-1], tokens=8192),
+        Grid(level="model", phase="prefill", lengths=LENGTHS),
+        Grid(level=("op", "model"), phase="decode", positions=(256, 1024, 4096, 16384, 65536)),
+    ),
+    # Some minutes on one data-centre GPU, every architecture at a size that fills it.
+    "h100": (
+        Grid(
+            level="op",
+            phase=("forward", "backward"),
+            lengths=[1 << n for n in range(9, 18)],
+            tokens=131072,
+            size="d2048",
+        ),
+        Grid(
+            level="block",
+            phase=("train_step", "prefill"),
+            lengths=[1 << n for n in range(9, 17)],
+            tokens=65536,
+            size="d2048",
+        ),
+        Grid(level="model", phase="decode", positions=[1 << n for n in range(8, 18)], size="d2048"),
     ),
 }
 
@@ -74,7 +183,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
 def preset(name: str) -> tuple[Grid, ...]:
     """The grids of a preset; ValueError with the nearest name if there is none."""
     if name not in PRESETS:
-        raise ValueError(_unknown("preset", name, PRESETS))
+        raise ValueError(unknown("preset", name, PRESETS))
     return PRESETS[name]
 
 
@@ -82,85 +191,167 @@ def load(path: Path) -> tuple[Grid, ...]:
     """The grids of a TOML file: tables [[grid]] with the fields of `Grid`.
 
     Raises:
-        ValueError: not TOML, no grid, or a key that is not a field; OSError: no such file.
+        ValueError: not TOML, no grid, a key that is not a field, or a wrong value;
+        OSError: no such file, or not a file.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a TOML file: not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     known = [f.name for f in fields(Grid)]
     if extra := sorted(set(document) - {"grid"}):
-        raise ValueError(f"{path}: {_unknown('table', extra[0], ['grid'])}")
+        raise ValueError(f"{path}: {unknown('table', extra[0], ['grid'])}")
+    tables = document.get("grid", [])
+    if not tables or not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise ValueError(f"{path}: no [[grid]] table")
     grids = []
-    for table in document.get("grid", []):
+    for number, table in enumerate(tables, start=1):
         for key in table:
             if key not in known:
-                raise ValueError(f"{path}: {_unknown('key', key, known)}")
-        try:
-            grids.append(Grid(**table))
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from None
-    if not grids:
-        raise ValueError(f"{path}: no [[grid]] table")
+                raise ValueError(f"{path}: grid {number}: {unknown('key', key, known)}")
+        for key in ("level", "phase"):
+            if key not in table:
+                raise ValueError(
+                    f"{path}: grid {number}: no {key}: one of {', '.join(CHOICES[key])}"
+                )
+        grids.append(Grid(**table))
     return tuple(grids)
 
 
-def cells(grids: Iterable[Grid], archs: Sequence[str] = ()) -> list[Case]:
-    """All cells of the grids, each once; `archs` replaces the grids' architectures.
+def narrowed(
+    grids: Iterable[Grid], *, level: Sequence[str] = (), phase: Sequence[str] = (), **instead: Any
+) -> list[Grid]:
+    """The grids cut down to some levels and phases, with other fields in place of theirs.
+
+    Args:
+        grids: of a preset or a file.
+        level: only these; all where there is none.
+        phase: only these; all where there is none.
+        **instead: fields of `Grid` to replace where they are not None.
 
     Raises:
-        ValueError: an architecture, level, phase, length or size that does not exist.
+        ValueError: a level or phase that does not exist, or one that no grid has.
+    """
+    grids = list(grids)
+    changes = {name: value for name, value in instead.items() if value is not None}
+    for name, wanted in (("level", level), ("phase", phase)):
+        for value in wanted:
+            if value not in CHOICES[name]:
+                raise ValueError(unknown(name, value, CHOICES[name]))
+        if wanted:
+            grids = [
+                replace(grid, **{name: kept})
+                for grid in grids
+                if (kept := [v for v in _listed(getattr(grid, name)) if v in wanted])
+            ]
+        if not grids:
+            raise ValueError(f"the sweep has no {name} {' or '.join(wanted)}")
+    if "lengths" in changes or "positions" in changes:
+        changes.setdefault("tokens", None)
+    if "batch" in changes:
+        changes["tokens"] = None
+    if changes.get("tokens") is not None:
+        changes["batch"] = None
+    return [replace(grid, **changes) for grid in grids]
+
+
+def cells(grids: Iterable[Grid], device: str = "cpu") -> list[Case]:
+    """All cells of the grids, each once; all of replicate 0 first, then of 1, and so on.
+
+    Raises:
+        ValueError: an architecture, level, phase, length or size that does not exist, or a
+            configuration that cannot be built.
     """
     found: dict[str, Case] = {}
     for grid in grids:
-        for case in grid.cells():
-            for arch in archs or (case.arch,):
-                cell = Case(**{**_shallow(case), "arch": arch})
-                _validate(cell)
-                found[cell.key] = cell
+        for case in grid.cells(device):
+            _validate(case)
+            found[case.key] = case
     if not found:
         raise ValueError("the sweep has no cells: give each grid lengths, or positions for decode")
-    return list(found.values())
+    return sorted(found.values(), key=lambda case: case.replicate)
 
 
-def _shallow(case: Case) -> dict[str, Any]:
-    return {f.name: getattr(case, f.name) for f in fields(case)}
+def as_cells(sweep: str | Path | Sequence[Grid] | Sequence[Case], device: str) -> list[Case]:
+    """The cells of a preset's name, a TOML file, grids, or cells; errors as in `cells`."""
+    if isinstance(sweep, Path) or (isinstance(sweep, str) and sweep.endswith(".toml")):
+        return cells(load(Path(sweep)), device)
+    if isinstance(sweep, str):
+        return cells(preset(sweep), device)
+    found: list[Case] = []
+    for part in sweep:
+        found += [part] if isinstance(part, Case) else cells([part], device)
+    for case in found:
+        _validate(case)
+    return list({case.key: case for case in found}.values())
 
 
-CHOICES = {
-    "kind": ("cost", "loss"),
-    "level": ("op", "block", "model"),
-    "phase": ("forward", "train_step", "prefill", "decode"),
-    "dtype": ("float32", "float64", "bfloat16", "float16"),
-    "backend": ("reference", "torch", "triton"),
-}
-PHASES = {
-    "op": ("forward",),
-    "block": ("forward", "train_step"),
-    "model": ("forward", "train_step", "prefill", "decode"),
-}
+def resolve_device(device: str) -> str:
+    """The device that "auto" stands for here: "cuda" where there is an NVIDIA GPU, else "cpu".
+
+    Raises:
+        ValueError: unknown device, or a GPU asked for where PyTorch sees none.
+    """
+    import torch
+
+    if device not in ("auto", *CHOICES["device"]):
+        raise ValueError(unknown("device", device, ("auto", *CHOICES["device"])))
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no NVIDIA GPU here: seqscale doctor says why")
+    return device
 
 
 def _validate(case: Case) -> None:
     from archs import block_class
     from archs.model import expand_pattern
 
-    for name, allowed in CHOICES.items():
-        if getattr(case, name) not in allowed:
-            raise ValueError(_unknown(name, getattr(case, name), allowed))
+    for name in ("kind", "level", "phase", "dtype", "backend"):
+        if getattr(case, name) not in CHOICES[name]:
+            raise ValueError(unknown(name, getattr(case, name), CHOICES[name]))
     if case.phase not in PHASES[case.level]:
         raise ValueError(
             f"level {case.level!r} has no phase {case.phase!r}: {', '.join(PHASES[case.level])}"
         )
-    length = case.seq_len if case.position is None else case.position
-    if not isinstance(length, int) or length < 1 or case.batch < 1:
-        raise ValueError(f"lengths, positions and batch must be whole and >= 1: {case.label}")
-    for name in expand_pattern(case.arch):
-        block_class(name)
-    parse_size(case.size)
+    names = expand_pattern(case.arch)
+    if case.kind == "loss":
+        _validate_training(case)
+    if len(names) > 1 and case.level != "model":
+        raise ValueError(f"the hybrid {case.arch!r} is measured at level model, not {case.level}")
+    blocks = [block_class(name) for name in names]
+    what, number = parse_size(case.size)
+    if what == "width":
+        for name, block in zip(names, blocks, strict=True):
+            try:
+                block.Config(width=number)
+            except ValueError as error:
+                raise ValueError(f"{name} at size {case.size}: {error}") from None
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+def _validate_training(case: Case) -> None:
+    wanted = {"steps", "learning_rate", "corpus"}
+    if case.level != "model" or case.phase != "train_step":
+        raise ValueError("a grid of kind loss has level model and phase train_step")
+    if set(case.options) != wanted:
+        raise ValueError(f"a grid of kind loss needs options {', '.join(sorted(wanted))}")
+    if case.options["corpus"] != "python-source":
+        raise ValueError(unknown("corpus", str(case.options["corpus"]), ["python-source"]))
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, whether one thing was given or several."""
+    return list(value) if isinstance(value, list | tuple | range) else [value]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that does not exist, with the nearest that does."""
     close = get_close_matches(str(name), list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {name!r}, expected one of {', '.join(known)}{hint}"

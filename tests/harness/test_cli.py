@@ -1,8 +1,17 @@
+import json
+import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
+
+from harness import __main__ as command_line
+from harness import record, run
 
 SWEEP = """
 [[grid]]
@@ -10,75 +19,297 @@ level = "op"
 phase = "forward"
 lengths = [32, 64]
 size = "d64"
+archs = ["mamba2", "hyena"]
 """
+CEILINGS = {"copy_bytes_per_s": 1e15, "matmul_flops_per_s_float32": 1e15, "exp2_per_s": 1e15}
 
 
-def seqscale(*arguments, cwd):
+def seqscale(*arguments, cwd, **options):
+    """The command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "harness", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=200,
+        **options,
     )
 
 
-def test_cost_then_plot(tmp_path):
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """The command line in this process and an empty folder: exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.Launcher, "measure_ceilings", lambda self, dtypes: CEILINGS)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     (tmp_path / "sweep.toml").write_text(SWEEP)
-    done = seqscale("cost", "sweep.toml", "--arch", "mamba2", "--arch", "hyena", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "local exponent" in done.stdout
-    assert "4/4 hyena op forward T=64" in done.stderr
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["seqscale", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.main()
+        return exit_.value.code, *capfd.readouterr()
+
+    return call
+
+
+def test_cost_status_export_plot(here, tmp_path):
+    code, out, err = here("cost", "sweep.toml")
+    assert code == 0, err
+    assert "local exponent" in out
+    assert "4/4 hyena op forward T=64" in err
     table = pd.read_csv(tmp_path / "runs" / "cost" / "cells.csv")
     assert table["status"].tolist() == ["ok"] * 4
-    drawn = seqscale("plot", cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
-    figures = drawn.stdout.split()
+
+    code, out, err = here("cost", "sweep.toml")
+    assert code == 0, err
+    assert "4 of 4 cells were there already" in err
+    assert "op forward" not in err
+
+    code, out, _ = here("status")
+    assert code == 0
+    assert "4 of 4 cells (4 ok); no sweep runs" in out
+
+    for name in ("a.csv", "a.parquet", "a.jsonl"):
+        code, out, err = here("export", "runs/cost", name)
+        assert (code, out) == (0, f"{name}: 4 cells\n"), err
+    pd.testing.assert_frame_equal(pd.read_csv("a.csv"), table)
+    assert pd.read_parquet("a.parquet")["time_ms_p50"].tolist() == table["time_ms_p50"].tolist()
+    packed = (tmp_path / "a.jsonl").read_bytes()
+    here("export", "a.jsonl", "b.jsonl")
+    assert (tmp_path / "b.jsonl").read_bytes() == packed
+    assert len(record.load(tmp_path / "a.jsonl")[0]) == 4
+
+    code, out, err = here("plot")
+    assert code == 0, err
+    figures = out.split()
     assert figures
     assert all((tmp_path / figure).exists() for figure in figures)
+    code, out, err = here("plot", "a.jsonl", "--out", "elsewhere")
+    assert code == 0, err
+    assert {p.name for p in (tmp_path / "elsewhere").iterdir()} == {
+        figure.rpartition("/")[2] for figure in figures
+    }
 
 
-def test_a_failed_cell_is_exit_code_4(tmp_path):
-    (tmp_path / "sweep.toml").write_text(SWEEP + 'dtype = "bfloat16"\narchs = ["rwkv7"]\n')
-    code = (
-        "import archs.ops.wkv7 as w, harness.workload as workload, harness.__main__ as m, sys;"
-        "workload.OPS['rwkv7'] = lambda *a: 1 / 0;"
-        "sys.argv[1:] = ['cost', 'sweep.toml']; m.main()"
+def test_json_is_one_document_and_all_else_is_on_standard_error(here):
+    code, out, err = here("cost", "sweep.toml", "--arch", "mamba2", "--length", "16", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["statuses"] == {"ok": 1}
+    (cell,) = document["cells"]
+    assert cell["seq_len"] == 16
+    assert cell["time_ms_p50"] > 0
+    assert "mamba2 op forward T=16" in err
+    for verb in ("status", "list", "doctor"):
+        code, out, err = here(verb, "--json")
+        assert code == 0, err
+        assert json.loads(out)
+
+
+def test_a_dry_run_estimates_and_measures_nothing(here, tmp_path):
+    code, out, err = here("cost", "--preset", "quick", "--dry-run")
+    assert code == 0, err
+    assert "transformer op forward T=256" in out
+    assert re.search(r"68 of 68 cells to measure: roughly [\d.]+ min and up to [\d,]+ MiB", out)
+    document = json.loads(here("cost", "sweep.toml", "--dry-run", "--json")[1])
+    assert len(document["cells"]) == 4
+    assert all(c["estimated_s"] > 0 and c["estimated_bytes"] > 0 for c in document["cells"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.toml"]
+
+
+def test_list_names_architectures_presets_and_phases(here):
+    code, out, err = here("list")
+    assert code == 0, err
+    for name in ("transformer", "mamba2", "rwkv7", "hyena", "quick", "cpu", "h100", "decode"):
+        assert name in out
+
+
+def test_doctor_says_what_works_and_why_the_rest_does_not(here):
+    code, out, err = here("doctor")
+    assert code == 0, err
+    for name in (
+        "PyTorch",
+        "CUDA",
+        "Triton",
+        "interpreter",
+        "mamba-ssm",
+        "linear-attention",
+        "NVML",
+    ):
+        assert name in out
+    found = {c["name"]: c for c in json.loads(here("doctor", "--json")[1])}
+    assert found["PyTorch"]["works"]
+    assert found["Triton interpreter"]["works"], found["Triton interpreter"]
+    assert all(check["found"] for check in found.values())
+
+
+def test_a_fault_is_exit_code_4_and_memory_or_time_that_run_out_is_0(here, faulty):
+    narrow = ("--level", "block", "--phase", "forward", "--length", "16", "--size", "d64")
+    (sweep,) = [line for line in SWEEP.splitlines() if "lengths" in line]
+    with open("block.toml", "w") as file:  # noqa: PTH123
+        file.write(f'[[grid]]\nlevel = "block"\nphase = "forward"\n{sweep}\n')
+    code, out, err = here("cost", "block.toml", *narrow[2:], "--arch", "raises", "--arch", "mamba2")
+    assert code == 4
+    assert "1/2 raises block forward T=16 B=1 d64 float32 torch: error: ZeroDivisionError" in err
+    assert "1 error: ZeroDivisionError: a bug" in out
+    assert "Traceback" not in err
+    code, _, err = here(
+        "cost", "block.toml", *narrow, "--arch", "hang", "--arch", "hungry-cpp",
+        "--time-limit", "2", "--out", "other",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "timeout" in err
+    assert "oom" in err
+
+
+WRONG_USAGE = [
+    (("cost", "--preset", "quik"), "unknown preset 'quik'.*did you mean 'quick'"),
+    (("cost",), "give a sweep file or --preset"),
+    (("cost", "sweep.toml", "--preset", "quick"), "not both"),
+    (("cost", "absent.toml"), "absent.toml: no such file"),
+    (("cost", "folder"), "folder is a directory"),
+    (("cost", "binary.toml"), "binary.toml: not a TOML file: not UTF-8"),
+    (("cost", "typo.toml"), "typo.toml: grid 1: unknown key 'levle'.*did you mean 'level'"),
+    (("cost", "type.toml"), "lengths must be whole numbers >= 1, got 'long'"),
+    (("cost", "zero.toml"), "lengths must be whole numbers >= 1, got 0"),
+    (("cost", "--preset", "quick", "--arch", "mambda2"), "did you mean 'mamba2'"),
+    (("cost", "--preset", "quick", "--backend", "tritn"), "did you mean 'triton'"),
+    (("cost", "--preset", "quick", "--level", "blok"), "did you mean 'block'"),
+    (("cost", "--preset", "quick", "--phase", "forwrd"), "did you mean 'forward'"),
+    (("cost", "--preset", "quick", "--dtype", "float23"), "did you mean 'float32'"),
+    (("cost", "--preset", "quick", "--device", "cudo"), "did you mean 'cuda'"),
+    (("cost", "--preset", "quick", "--size", "d100"), "width must be a multiple of head_dim"),
+    (("cost", "--preset", "quick", "--size", "huge"), "write d256"),
+    (("cost", "--preset", "quick", "--length", "0"), "got 0"),
+    (("cost", "--preset", "quick", "--length", "-4"), "got -4"),
+    (("cost", "--preset", "quick", "--length", "many"), 'unable to convert "many" into int'),
+    (("cost", "--preset", "quick", "--batch", "0"), "batch must be a whole number >= 1"),
+    (("cost", "--preset", "quick", "--threads", "0"), "--threads must be greater than 0"),
+    (("cost", "--preset", "quick", "--time-limit", "0"), "--time-limit must be greater than 0"),
+    (("cost", "--preset"), "--preset requires an argument"),
+    (("cost", "--preste", "quick"), "Did you mean --preset"),
+    (("plto",), 'Did you mean "plot"'),
+    (("plot", "absent"), "absent is not there"),
+    (("status", "absent"), "absent is not there"),
+    (("export", "absent", "a.csv"), "absent is not there"),
+    (("export", "folder", "a.xls"), "ends in .csv, .parquet, .jsonl"),
+    (("export", "folder", "a.csv"), "folder holds no records"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_USAGE)
+def test_wrong_usage_is_one_line_and_exit_code_2_before_any_cell(
+    here, tmp_path, arguments, message
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "typo.toml").write_text(SWEEP.replace("level", "levle"))
+    (tmp_path / "type.toml").write_text(SWEEP.replace("[32, 64]", '"long"'))
+    (tmp_path / "zero.toml").write_text(SWEEP.replace("32", "0"))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = here(*arguments)
+    assert code == 2
+    assert out == ""
+    assert re.fullmatch(rf"seqscale: .*{message}.*\n", err), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["sweep.toml/run", "/proc/run", "sweep.toml"])
+def test_output_that_cannot_be_written_is_exit_code_5_before_the_first_cell(here, out):
+    code, printed, err = here("cost", "sweep.toml", "--out", out)
+    assert code == 5
+    assert printed == ""
+    assert re.fullmatch(r"seqscale: .*\n", err), err
+
+
+def test_a_second_sweep_in_a_directory_is_refused_with_the_pid(here, tmp_path):
+    with record.RunDirectory(tmp_path / "runs" / "cost"):
+        code, _, err = here("cost", "sweep.toml")
+        assert code == 5
+        assert f"process {os.getpid()}" in err
+        assert f"process {os.getpid()} is sweeping" in here("status")[1]
+
+
+def test_records_that_are_none_are_named_and_measured_again(here, tmp_path):
+    one = ("cost", "sweep.toml", "--arch", "mamba2", "--length", "16")
+    assert here(*one)[0] == 0
+    (path,) = (tmp_path / "runs/cost/records").iterdir()
+    path.write_text("{")
+    code, out, _ = here("status")
+    assert code == 0
+    assert "missing: mamba2 op forward T=16" in out
+    assert f"no record: {path.relative_to(tmp_path)}: not JSON" in out
+    code, _, err = here(*one)
+    assert code == 0
+    assert f"set aside, counted missing: {path.relative_to(tmp_path)} (not JSON" in err
+    assert "1/1 mamba2 op forward T=16" in err
+    assert "1 of 1 cells (1 ok)" in here("status")[1]
+
+
+def test_killed_at_random_moments_a_sweep_resumes_where_it_was(tmp_path):
+    """The whole program, killed with its worker at any moment, then run to its end."""
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace("[32, 64]", "[16, 24, 32, 40]"))
+    command = [sys.executable, "-m", "harness", "cost", "sweep.toml"]
+    records = tmp_path / "runs" / "cost" / "records"
+    chance, seen = random.Random(0), {}
+    for _ in range(4):
+        sweeping = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(chance.uniform(1, 9))
+        sweeping.kill()
+        sweeping.wait()
+        found = {p: p.read_bytes() for p in records.glob("*.json")} if records.exists() else {}
+        assert all(json.loads(text) for text in found.values())
+        assert all(found[path] == text for path, text in seen.items())
+        seen = found
+    done = seqscale("cost", "sweep.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {p: p.read_bytes() for p in records.iterdir()}
+    assert all(found[path] == text for path, text in seen.items())
+    cases = [json.loads(text)["case"] for text in found.values()]
+    assert len(cases) == 8
+    assert {(c["arch"], c["seq_len"]) for c in cases} == {
+        (arch, n) for arch in ("mamba2", "hyena") for n in (16, 24, 32, 40)
+    }
+    if seen:
+        assert f"{len(seen)} of 8 cells were there already" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_sweep_and_its_worker(tmp_path, number, code):
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    sweeping = subprocess.Popen(
+        [sys.executable, "-m", "harness", "cost", "sweep.toml", "--length", "4096"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 4, done.stderr
-    assert "error: ZeroDivisionError" in done.stderr
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs").rglob("sessions/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (worker,) = subprocess.run(
+        ["pgrep", "-P", str(sweeping.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    sweeping.send_signal(number)
+    _, err = sweeping.communicate(timeout=60)
+    assert sweeping.returncode == code
+    assert "Traceback" not in err
+    assert subprocess.run(["ps", "-p", worker], capture_output=True).returncode == 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("cost", "--preset", "quik"), "did you mean 'quick'"),
-        (("cost",), "give a sweep file or --preset"),
-        (("cost", "absent.toml"), "absent.toml"),
-        (("cost", "--preset", "quick", "--arch", "mambda2"), "did you mean 'mamba2'"),
-        (("cost", "--preste", "quick"), "Did you mean --preset"),
-        (("plto",), 'Did you mean "plot"'),
-        (("plot", "absent"), "run seqscale cost"),
-    ],
-)
-def test_wrong_usage_is_exit_code_2_and_no_traceback(tmp_path, arguments, message):
-    done = seqscale(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_does_not_import_torch(tmp_path):
+def test_help_is_quick_and_does_not_import_torch(tmp_path):
     code = (
         "import sys; from harness.__main__ import app; app(['--help'], exit_on_error=False);"
-        "sys.exit('torch' in sys.modules)"
+        "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "cost" in done.stdout
+    for verb in ("cost", "status", "list", "export", "plot", "doctor"):
+        assert verb in done.stdout

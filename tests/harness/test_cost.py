@@ -3,13 +3,15 @@ import math
 
 import pandas as pd
 import pytest
-import torch
+from rich.console import Console
 
-from harness import cost, record, report, sweep, workload
+from harness import cost, report, sweep
 from harness.record import Case
 from harness.sweep import Grid
+from harness.worker import attempt
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
+CEILINGS = {"copy_bytes_per_s": 1e15, "matmul_flops_per_s_float32": 1e15, "exp2_per_s": 1e15}
 LOSS = Grid(
     kind="loss",
     level="model",
@@ -32,6 +34,11 @@ def case(**changes):
         "size": "d64",
     }
     return Case(**{**asked, **changes})
+
+
+def measured(asked, ceilings=CEILINGS):
+    """One cell in this process, as a worker would."""
+    return attempt(lambda: cost.measure(asked, "cpu", ceilings))
 
 
 @pytest.fixture(scope="module")
@@ -73,121 +80,97 @@ def test_losses_on_real_bytes_fall(swept):
     assert (runs["val_loss_bits_per_byte"] < 6.8).all()
 
 
-def test_running_again_measures_nothing_and_changes_no_file(swept):
-    out, cells, _ = swept
-    before = {p: p.read_bytes() for p in (out / "records").iterdir()}
-    started = []
-    cost.run(cells, out, on_start=started.append)
-    assert started == []
-    assert {p: p.read_bytes() for p in (out / "records").iterdir()} == before
+def test_times_and_counts_are_complete(swept):
+    _, _, table = swept
+    timed = table[table["kind"] == "cost"]
+    assert (timed[timed["phase"] == "train_step"]["peak_bytes"] > 0).all()
+    for name in ("state_bytes", "work_flops", "floor_bytes", "roofline_fraction"):
+        assert (timed[name] > 0).all(), name
+    assert (timed["roofline_fraction"] < 1).all()
+    assert (timed["sample_count"] >= 5).all()
+    assert timed["timing_contract"].notna().all()
 
 
-def test_a_missing_record_is_measured_again_alone(swept):
-    out, cells, _ = swept
-    victim = next(c for c in cells if c.level == "op")
-    for path in (out / "records").glob(f"{victim.key}-*"):
-        path.unlink()
-    started = []
-    cost.run(cells, out, on_start=started.append)
-    assert started == [victim]
-
-
-def test_other_code_or_device_measures_again(swept, monkeypatch, tmp_path):
-    cells = [case()]
-    cost.run(cells, tmp_path)
-    here = record.environment()
-    monkeypatch.setattr(record, "environment", lambda: {**here, "kernel_hash": "changed"})
-    started = []
-    table = cost.run(cells, tmp_path, on_start=started.append)
-    assert started == cells
-    assert len(table) == 1
-
-
-def test_what_goes_wrong_becomes_a_status(tmp_path, monkeypatch):
-    def failing(error):
-        def build(case):
-            raise error
-
-        monkeypatch.setattr(workload, "build", build)
-        return cost.run([case()], tmp_path).iloc[-1]
-
+def test_what_goes_wrong_becomes_a_status(monkeypatch):
     memory = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     for error, status in (
         (RuntimeError(memory), "oom"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "oom"),
+        (RuntimeError("std::bad_alloc"), "oom"),
         (MemoryError(), "oom"),
         (ZeroDivisionError("a\nbug"), "error"),
         (NotImplementedError("none"), "unsupported"),
+        (FloatingPointError("the loss is nan"), "diverged"),
     ):
-        row = failing(error)
-        assert row["status"] == status
-        assert "\n" not in row["reason"]
+
+        def build(case, device, error=error):
+            raise error
+
+        monkeypatch.setattr("harness.workload.build", build)
+        found = measured(case())
+        assert found["status"] == status
+        assert "\n" not in found["reason"]
+        assert "metrics" not in found
 
 
-def test_a_wrong_op_is_never_a_time(tmp_path, monkeypatch):
-    right = workload.ssd
+@pytest.mark.parametrize("factor", [1.001, math.nan])
+def test_a_wrong_op_is_never_a_time(monkeypatch, factor):
+    from archs.ops import ssd
 
-    def slightly_wrong(x, *args, backend, **kwargs):
-        y, state = right(x, *args, backend=backend, **kwargs)
-        return (y * 1.001 if backend == "torch" else y), state
-
-    monkeypatch.setattr(workload, "ssd", slightly_wrong)
-    row = cost.run([case()], tmp_path).iloc[0]
-    assert row["status"] == "wrong"
-    assert math.isnan(row["time_ms_p50"])
-
-
-def test_unbuilt_backend_is_one_failed_cell(tmp_path):
-    row = cost.run([case(backend="triton")], tmp_path).iloc[0]
-    assert row["status"] == "unsupported"
-    assert "not built yet" in row["reason"]
+    right = ssd.ssd_torch
+    monkeypatch.setattr(
+        ssd, "ssd_torch", lambda *a, **kw: (lambda y, state: (factor * y, state))(*right(*a, **kw))
+    )
+    found = measured(case())
+    assert found["status"] == "wrong", found
+    assert "metrics" not in found
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("phase", ["forward", "train_step", "prefill", "decode"])
-def test_every_model_phase_builds_and_counts(arch, phase):
-    place = {"seq_len": None, "position": 40} if phase == "decode" else {"seq_len": 32}
-    built = workload.build(case(arch=arch, level="model", phase=phase, **place))
-    built.function()
-    assert built.counted["forward_flops"] > 0
-    assert built.counted["state_bytes"] > 0
-    if phase == "train_step":
-        assert built.counted["train_flops"] == 3 * built.counted["forward_flops"]
+def test_an_op_that_goes_wrong_while_it_is_timed_is_found(monkeypatch):
+    from archs.ops import ssd
+    from harness import timing
+
+    right, observe = ssd.ssd_torch, timing.observe
+
+    def break_it(*arguments, **options):
+        found = observe(*arguments, **options)
+        monkeypatch.setattr(
+            ssd, "ssd_torch", lambda *a, **kw: (lambda y, state: (2 * y, state))(*right(*a, **kw))
+        )
+        return found
+
+    monkeypatch.setattr(timing, "observe", break_it)
+    assert measured(case())["status"] == "wrong"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_filled_state_decodes_as_one_that_was_read(arch):
-    """Decode at a position is timed from a made-up state: it must be what prefill returns."""
-    asked = case(arch=arch, level="model", phase="decode", seq_len=None, position=9)
-    model = workload.build_model(asked, max_len=10)
-    with torch.no_grad():
-        _, real = model.prefill(torch.zeros(1, 9, dtype=torch.long), 10)
-    made = workload.filled(model.init_state(1, 10), 9, torch.Generator())
-
-    def form(state):
-        if isinstance(state, torch.Tensor):
-            return state.shape, state.dtype
-        if isinstance(state, tuple):
-            return type(state), [form(part) for part in state]
-        return state
-
-    assert form(made) == form(real)
+def test_faster_than_the_roofline_is_an_error(monkeypatch):
+    slow = {**CEILINGS, "matmul_flops_per_s_float32": 1e6}
+    monkeypatch.setattr("harness.ceilings.measure", lambda device, dtypes: slow)
+    found = measured(case(), slow)
+    assert found["status"] == "error"
+    assert "faster than the roofline" in found["reason"]
 
 
-def test_hybrids_have_no_op_but_decode(tmp_path):
-    cells = [
-        case(arch="mamba2*2+transformer"),
-        case(arch="mamba2*2+transformer", level="model", phase="prefill"),
-    ]
-    table = cost.run(cells, tmp_path)
-    assert dict(zip(table["level"], table["status"], strict=True)) == {
-        "op": "unsupported",
-        "model": "ok",
-    }
+def test_ceilings_measured_in_a_bad_moment_are_measured_again():
+    found = measured(case(), {**CEILINGS, "matmul_flops_per_s_float32": 1e6})
+    assert found["status"] == "ok", found
+    assert 0 < found["metrics"]["roofline_fraction"] < 1
+
+
+def test_unbuilt_backend_is_unsupported():
+    found = measured(case(backend="triton"))
+    assert found["status"] == "unsupported"
+    assert "not built yet" in found["reason"]
+
+
+def test_a_sweep_runs_from_python_by_name_of_its_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[[grid]]\nlevel = "op"\nphase = "forward"\narchs = "mamba2"\nlengths = 16\n')
+    table = cost.run(path, tmp_path / "run", device="cpu")
+    assert table["status"].tolist() == ["ok"]
 
 
 def test_tables_show_every_architecture_and_exponent(swept):
-    from rich.console import Console
-
     _, _, cells = swept
     console = Console(width=140, record=True, file=io.StringIO())
     for table in report.tables(cells):
@@ -201,8 +184,6 @@ def test_tables_show_every_architecture_and_exponent(swept):
 
 
 def test_tables_show_where_a_curve_ends(swept):
-    from rich.console import Console
-
     _, _, cells = swept
     cells = cells.copy()
     victim = (cells["level"] == "op") & (cells["arch"] == "hyena") & (cells["seq_len"] == 128)

@@ -43,14 +43,76 @@ def test_overlapping_grids_name_a_cell_once():
     assert len(sweep.cells([grid, grid])) == 4
 
 
-def test_chosen_architectures_replace_those_of_the_grid():
-    grid = Grid(level="op", phase="forward", lengths=(64, 128))
-    cells = sweep.cells([grid], archs=["rwkv7"])
-    assert [(c.arch, c.seq_len) for c in cells] == [("rwkv7", 64), ("rwkv7", 128)]
-    (hybrid,) = sweep.cells(
-        [Grid(level="model", phase="prefill", lengths=(64,))], archs=["mamba2+transformer"]
+def test_flags_narrow_and_replace():
+    grids = [
+        Grid(level=["op", "block"], phase=["forward", "backward"], lengths=(64, 128), tokens=128),
+        Grid(level="model", phase="decode", positions=(5, 6)),
+    ]
+
+    def some(**flags):
+        return [
+            (c.arch, c.level, c.phase, c.seq_len or c.position, c.batch)
+            for c in sweep.cells(sweep.narrowed(grids, **flags))
+        ]
+
+    assert some(level=["op"], phase=["backward"], archs=["rwkv7"]) == [
+        ("rwkv7", "op", "backward", 64, 2),
+        ("rwkv7", "op", "backward", 128, 1),
+    ]
+    assert some(phase=["decode"], archs=["mamba2+transformer"], positions=[9]) == [
+        ("mamba2+transformer", "model", "decode", 9, 1)
+    ]
+    assert some(level=["op"], phase=["forward"], archs=["hyena"], lengths=[32], batch=3) == [
+        ("hyena", "op", "forward", 32, 3)
+    ]
+    assert some(level=["op"], phase=["forward"], archs=["hyena"], tokens=256)[0][-1] == 4
+    with pytest.raises(ValueError, match="did you mean 'block'"):
+        some(level=["blok"])
+    with pytest.raises(ValueError, match="no phase prefill"):
+        some(phase=["prefill"])
+
+
+def test_lists_are_every_combination():
+    grid = Grid(
+        level="op",
+        phase=["forward", "backward"],
+        archs="mamba2",
+        lengths=64,
+        size=["d64", "d128"],
+        dtype=["float32", "bfloat16"],
+        backend=["torch", "reference"],
+        replicates=3,
     )
-    assert hybrid.arch == "mamba2+transformer"
+    cells = sweep.cells([grid])
+    assert len(cells) == 2 * 2 * 2 * 2 * 3
+    assert [c.replicate for c in cells] == [0] * 16 + [1] * 16 + [2] * 16
+
+
+def test_a_token_budget_gives_the_batch():
+    grid = Grid(level="op", phase="forward", archs="mamba2", lengths=(64, 256), tokens=512)
+    assert [c.batch for c in sweep.cells([grid])] == [8, 2]
+
+
+def test_types_and_backends_are_resolved_when_the_cells_are_made():
+    grid = Grid(level="op", phase="forward", archs="mamba2", lengths=64)
+    (on_cpu,), (on_gpu,) = sweep.cells([grid], "cpu"), sweep.cells([grid], "cuda")
+    assert (on_cpu.dtype, on_cpu.backend) == ("float32", "torch")
+    assert (on_gpu.dtype, on_gpu.backend) == ("bfloat16", "torch")
+
+
+def test_a_sweep_is_a_preset_a_file_grids_or_cells(tmp_path):
+    path = written(tmp_path, GRID)
+    from_file = sweep.as_cells(path, "cpu")
+    assert sweep.as_cells(str(path), "cpu") == from_file
+    assert sweep.as_cells(sweep.load(path), "cpu") == from_file
+    assert sweep.as_cells(from_file, "cpu") == from_file
+    assert sweep.as_cells("quick", "cpu") == sweep.cells(sweep.preset("quick"))
+
+
+@pytest.mark.parametrize("name", list(sweep.PRESETS))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_preset_makes_cells(name, device):
+    assert sweep.cells(sweep.preset(name), device)
 
 
 def test_the_quick_preset_covers_what_it_promises():
@@ -70,7 +132,19 @@ def test_the_quick_preset_covers_what_it_promises():
     [
         ({"archs": ["mambda2"]}, "did you mean 'mamba2'"),
         ({"level": "block", "phase": "forwrad"}, "did you mean 'forward'"),
-        ({"phase": "decode", "positions": [1]}, "level 'op' has no phase 'decode'"),
+        ({"phase": "train_step"}, "level 'op' has no phase 'train_step'"),
+        ({"archs": ["mamba2+hyena"]}, "measured at level model"),
+        ({"size": "d100"}, "transformer at size d100: width must be a multiple of head_dim"),
+        ({"tokens": 100}, "not a multiple of length 64"),
+        ({"tokens": 64, "batch": 1}, "not both"),
+        ({"kind": "loss"}, "kind loss has level model"),
+        ({"replicates": 0}, "replicates must be a whole number >= 1"),
+        ({"lengths": "64"}, "lengths must be whole numbers >= 1, got '64'"),
+        ({"lengths": [True]}, ">= 1, got True"),
+        ({"lengths": [-5]}, ">= 1, got -5"),
+        ({"archs": 3}, "archs must be a name or a list of names"),
+        ({"batch": 1.5}, "batch must be a whole number"),
+        ({"options": 1}, "options must be a table"),
         ({"lengths": [0]}, ">= 1"),
         ({"lengths": [2.5]}, ">= 1"),
         ({"batch": 0}, ">= 1"),
@@ -92,7 +166,8 @@ def test_bad_cells_are_refused_before_any_runs(change, message):
     [
         ("[[grid]]\nlevle = 'op'", "did you mean 'level'"),
         ("[[grids]]\nlevel = 'op'", "did you mean 'grid'"),
-        ("[[grid]]\nlevel = 'op'", "phase"),
+        ("[[grid]]\nlevel = 'op'", "grid 1: no phase: one of forward"),
+        ("grid = 3", r"no \[\[grid\]\] table"),
         ("not toml", "not a TOML file"),
         ("", r"no \[\[grid\]\] table"),
     ],
@@ -105,3 +180,27 @@ def test_bad_files_are_refused_by_name(tmp_path, text, message):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'quick'"):
         sweep.preset("quik")
+
+
+def test_binary_files_are_refused(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        sweep.load(path)
+
+
+def test_training_grids_need_their_options():
+    grid = Grid(kind="loss", level="model", phase="train_step", lengths=64, options={"steps": 1})
+    with pytest.raises(ValueError, match="corpus, learning_rate, steps"):
+        sweep.cells([grid])
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert sweep.resolve_device("auto") == "cpu"
+    with pytest.raises(ValueError, match="seqscale doctor"):
+        sweep.resolve_device("cuda")
+    with pytest.raises(ValueError, match="did you mean 'cuda'"):
+        sweep.resolve_device("cud")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert sweep.resolve_device("auto") == "cuda"

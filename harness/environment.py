@@ -1,0 +1,162 @@
+"""Where a number was taken: device, software, code and time, as stored with every measurement."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+from typing import Any
+
+# Where two measurements may be compared as one: same device, same software under the numbers.
+FINGERPRINT = (
+    "device", "driver", "cores", "threads", "memory_gib", "torch", "triton", "python",
+)  # fmt: skip
+
+
+def same_place(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether environments `a` and `b` are one device with the same software."""
+    return all(a.get(key) == b.get(key) for key in FINGERPRINT)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device ("cpu" | "cuda"), software, code and time of this process."""
+    import torch
+
+    return {
+        **_host(),
+        **(_gpu() if device == "cuda" else {}),
+        "device_type": device,
+        "threads": torch.get_num_threads(),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{
+            name: os.environ.get(name)
+            for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        },
+    }
+
+
+@functools.cache
+def _host() -> dict[str, Any]:
+    """The part that cannot change while the process lives."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "device": _cpu_name(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: installed_version(name) for name in ("torch", "triton", "numpy")},
+        **_commit(Path(__file__).parent.parent),
+    }
+
+
+@functools.cache
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    from harness import nvml
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": nvml.driver_version(),
+    }
+
+
+def code_hash(arch: str) -> str:
+    """16 hexadecimal digits over the sources that an architecture or hybrid pattern runs.
+
+    These are the modules of its blocks, the model around them, and all that they import of the
+    same packages. A plug-in's own sources count likewise.
+
+    Raises:
+        ValueError: unknown architecture.
+    """
+    from archs import block_class
+    from archs.model import expand_pattern
+
+    modules = {block_class(name).__module__ for name in expand_pattern(arch)} | {"archs.model"}
+    packages = {module.partition(".")[0] for module in modules} | {"archs"}
+    sources: dict[str, bytes] = {}
+    while modules:
+        module = modules.pop()
+        if module not in sources and (path := _source(module)):
+            sources[module] = path.read_bytes()
+            modules |= {m for m in _imports(module, path) if m.partition(".")[0] in packages}
+    digest = hashlib.sha256()
+    for module in sorted(sources):
+        digest.update(module.encode() + b"\0" + sources[module])
+    return digest.hexdigest()[:16]
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, but of `archs` itself, the menu, which imports everything."""
+    if module == "archs":
+        return None
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # a name imported from a module, not a module
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _imports(module: str, path: Path) -> set[str]:
+    """What a module imports, also inside functions; names that are no modules among it."""
+    if path.suffix != ".py":
+        return set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    """The commit of a checkout at `root` and whether tracked files differ from it, else nulls."""
+    if not (root / ".git").exists():  # an installed copy may lie inside someone else's checkout
+        return {"commit": None, "dirty": None}
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changes)}

@@ -1,0 +1,62 @@
+"""`seqscale list`: what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import sweep
+
+
+def everything() -> dict[str, Any]:
+    """Architectures (with plug-ins), backends, levels with their phases, presets, types."""
+    from archs import architectures
+
+    return {
+        "architectures": {
+            name: (block.__doc__ or "").strip().partition("\n")[0]
+            for name, block in architectures().items()
+        },
+        "backends": list(sweep.CHOICES["backend"]),
+        "phases": {level: list(phases) for level, phases in sweep.PHASES.items()},
+        "dtypes": list(sweep.CHOICES["dtype"]),
+        "presets": {
+            name: {
+                "cells": len(sweep.cells(grids)),
+                "grids": [_summary(grid) for grid in grids],
+            }
+            for name, grids in sweep.PRESETS.items()
+        },
+    }
+
+
+def _summary(grid: sweep.Grid) -> str:
+    """One grid in a line."""
+
+    def words(value: Any) -> str:
+        return value if isinstance(value, str) else " ".join(map(str, value))
+
+    places = grid.lengths or grid.positions
+    numbers = [places] if isinstance(places, int) else list(places)
+    span = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} … {numbers[-1]:,}"
+    along = "T" if grid.lengths else "position"
+    batch = f"B·T = {grid.tokens:,}" if grid.tokens else f"B = {grid.batch or 1}"
+    kind = "" if grid.kind == "cost" else f"{grid.kind}: "
+    return f"{kind}{words(grid.level)} {words(grid.phase)}, {along} {span}, {batch}, {grid.size}"
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    said = ["architectures"]
+    width = max(map(len, found["architectures"]))
+    said += [f"  {name:{width}}  {about}" for name, about in found["architectures"].items()]
+    said.append("  or a hybrid, as mamba2*3+transformer")
+    said.append("presets")
+    for name, preset in found["presets"].items():
+        said.append(f"  {name}: {preset['cells']} cells")
+        said += [f"    {grid}" for grid in preset["grids"]]
+    said.append("levels and their phases")
+    said += [f"  {level}: {', '.join(phases)}" for level, phases in found["phases"].items()]
+    said.append("backends: " + ", ".join(found["backends"]))
+    said.append("types: " + ", ".join(found["dtypes"]))
+    said.append("sizes: d256 (a width), 5M (parameters, matched across architectures within 1 %)")
+    return said

@@ -1,0 +1,95 @@
+"""What a sweep shows while it runs: a bar on a terminal, a line a cell in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness.record import FAULTS, Case, Measurement, RunDirectory
+
+
+class SweepProgress:
+    """Reports on standard error; use as a context, and pass its methods to `harness.cost.run`.
+
+    Args:
+        cells: the cells of the sweep.
+        console: where to report.
+    """
+
+    def __init__(self, cells: Sequence[Case], console: Console) -> None:
+        self.console = console
+        self.total = len(cells)
+        self.done = self.reused = 0
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[done]}/{task.fields[cells]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._seconds = _estimates(cells) if console.is_terminal else {}
+        # The bar advances by estimated seconds, so that the time left means something.
+        self._task = self._bar.add_task(
+            "starting", total=sum(self._seconds.values()) or 1, done=0, cells=self.total
+        )
+
+    def opened(self, directory: RunDirectory) -> None:
+        """Name the files that were no records."""
+        for path, reason in directory.damaged:
+            self._say(f"set aside, counted missing: {path} ({reason})")
+
+    def started(self, case: Case) -> None:
+        """Show which cell is being measured."""
+        self._bar.update(self._task, description=escape(case.label))
+
+    def finished(self, measurement: Measurement, known: bool) -> None:
+        """Show what came of a cell; `known` says that an earlier run measured it."""
+        self.done += 1
+        self.reused += known
+        advance = self._seconds.get(measurement.case.key, 0)
+        self._bar.update(self._task, advance=advance, done=self.done)
+        failed = measurement.status in FAULTS
+        if known or (self.console.is_terminal and not failed):
+            return
+        line = f"{self.done:{len(str(self.total))}d}/{self.total} {measurement.case.label}: "
+        self._say(line + outcome(measurement))
+
+    def _say(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        if self.reused:
+            self._say(f"{self.reused} of {self.total} cells were there already")
+
+
+def _estimates(cells: Sequence[Case]) -> dict[str, float]:
+    """A rough duration of each cell in seconds, by key."""
+    from harness.estimate import estimate
+
+    return {case.key: estimate(case).seconds for case in cells}
+
+
+def outcome(measurement: Measurement) -> str:
+    """What came of a cell, in a few words."""
+    if measurement.status != "ok":
+        return f"{measurement.status}: {measurement.reason}"
+    metrics = measurement.metrics
+    if "time_ms_p50" in metrics:
+        return f"{metrics['time_ms_p50']:.3g} ms"
+    return f"{metrics['val_loss_bits_per_byte']:.3f} bits a byte"

@@ -1,0 +1,326 @@
+"""Runs cells: a supervised worker process, a time limit, a record whatever happens, resume.
+
+The worker is used again while it is healthy and replaced after the first fault, so that one cell
+cannot spoil the next. The supervisor touches no tensor: it survives what a cell does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from harness.environment import code_hash, same_place
+from harness.record import FAULTS, Case, Measurement, RunDirectory, write_atomically
+from harness.worker import OUT_OF_MEMORY, one_line
+
+START_LIMIT_S = 300  # to import PyTorch from a slow disk
+KEPT_OUTPUT_BYTES = 16_384  # of what a worker prints
+HEALTHY = frozenset({"ok", "unsupported", "diverged"})
+
+
+class WorkerFailedError(ChildProcessError):
+    """The process that measures died or hung; `status` and the message say how."""
+
+    def __init__(self, status: str, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.status, self.detail = status, detail
+
+
+class Worker:
+    """One process that measures, in a process group of its own.
+
+    Args:
+        device: "cpu" | "cuda".
+        threads: CPU threads for PyTorch; None: as it is.
+
+    Raises:
+        WorkerFailedError: it does not start.
+    """
+
+    def __init__(self, device: str, threads: int | None) -> None:
+        request_out, self._requests = os.pipe()
+        self._replies, reply_in = os.pipe()
+        self._received = bytearray()
+        self._printed = bytearray()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from harness.worker import main; main()"]
+            + [str(number) for number in (os.getpid(), request_out, reply_in)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(request_out, reply_in),
+            start_new_session=True,
+            env=_worker_environment(),
+        )
+        os.close(request_out)
+        os.close(reply_in)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        self.environment = self.ask(START_LIMIT_S, "prepare", device=device, threads=threads)
+
+    def ask(self, limit_s: float, verb: str, **request: Any) -> dict[str, Any]:
+        """The reply to a request.
+
+        Raises:
+            WorkerFailedError: it died, or did not reply within `limit_s`; it is gone then.
+        """
+        oom_kills = _oom_kills()
+        with contextlib.suppress(BrokenPipeError):  # it is dead: the missing reply will tell
+            os.write(self._requests, json.dumps({"verb": verb, **request}).encode() + b"\n")
+        deadline = time.monotonic() + limit_s
+        try:
+            while b"\n" not in self._received:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not select.select([self._replies], [], [], remaining)[0]:
+                    self.kill()
+                    reason = f"no result within {limit_s:g} s: see --time-limit"
+                    raise WorkerFailedError("timeout", reason, self._output())
+                if not (part := os.read(self._replies, 1 << 20)):
+                    raise self._death(_oom_kills() > oom_kills)
+                self._received += part
+        except BaseException:
+            self.kill()
+            raise
+        line, _, rest = bytes(self._received).partition(b"\n")
+        self._received = bytearray(rest)
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """Kill the whole process group; it holds nothing that would be missed."""
+        self._close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)  # one stuck in a driver stays: no more can be done
+        self._listener.join(timeout=1)
+
+    def _close(self) -> None:
+        for pipe in ("_requests", "_replies"):
+            if (number := getattr(self, pipe)) is not None:
+                os.close(number)
+                setattr(self, pipe, None)
+
+    def _death(self, oom_killed: bool) -> WorkerFailedError:
+        """What the end of the process means, from its exit status and last words."""
+        self.process.wait()
+        self._listener.join(timeout=1)
+        code, output = self.process.returncode, self._output()
+        if code == -signal.SIGKILL and oom_killed:
+            return WorkerFailedError("oom", "killed by the kernel: memory exhausted", output)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if any(text in output for text in OUT_OF_MEMORY):
+            return WorkerFailedError("oom", one_line(f"{how}: {_last_words(output)}"), output)
+        return WorkerFailedError("crashed", one_line(f"{how}: {_last_words(output)}"), output)
+
+    def _listen(self) -> None:
+        """Keep the end of what the worker prints."""
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            while part := os.read(stream.fileno(), 4096):
+                self._printed += part
+                del self._printed[:-KEPT_OUTPUT_BYTES]
+
+    def _output(self) -> str:
+        return bytes(self._printed).decode(errors="replace")
+
+
+def _last_words(output: str) -> str:
+    """What a dying process said of it: its last message, and the innermost line of Python."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    trace = next((i for i, line in enumerate(lines) if "most recent call first" in line), None)
+    if trace is None:
+        return lines[-1] if lines else "it said nothing"
+    said = [line for line in lines[:trace] if not line.startswith(("Fatal Python", "Current"))]
+    return "; ".join([*said[-1:], *lines[trace + 1 : trace + 2]])
+
+
+def _worker_environment() -> dict[str, str]:
+    """The variables a worker is started with: it imports what this process can import."""
+    path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
+    # Spinning OpenMP threads disturb each other on a busy machine; read when PyTorch starts.
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for want of memory since it started."""
+    counters = Path("/proc/vmstat")
+    if counters.exists():
+        for line in counters.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+class Settings(NamedTuple):
+    """How a sweep is run; nothing here is part of a cell's identity."""
+
+    device: str = "cpu"  # cpu | cuda
+    threads: int | None = None  # CPU threads for PyTorch; None: as it is
+    time_limit_s: float = 600.0  # for one cell
+    energy: bool = False  # measure energy: a GPU is kept busy 2 s longer a cell
+
+
+class Launcher:
+    """Runs cells one after another in a local worker."""
+
+    def __init__(self, settings: Settings, session: str) -> None:
+        self.settings = settings
+        self.session = session
+        self.ceilings: dict[str, float] = {}
+        self._worker: Worker | None = None
+        self._replicate = 0
+
+    @property
+    def worker(self) -> Worker:
+        """A healthy worker, started where there is none."""
+        if self._worker is not None and self._worker.process.poll() is not None:
+            self._worker.kill()  # it died between two cells
+            self._worker = None
+        if self._worker is None:
+            self._worker = Worker(self.settings.device, self.settings.threads)
+        return self._worker
+
+    def measure_ceilings(self, dtypes: Sequence[str]) -> dict[str, float]:
+        """The device's ceilings as they are now."""
+        return self.worker.ask(self.settings.time_limit_s, "ceilings", dtypes=list(dtypes))
+
+    def measure(self, case: Case) -> Measurement:
+        """Measure one cell; a measurement whatever it does."""
+        if case.replicate != self._replicate:  # a process of its own, or it replicates nothing
+            self._retire()
+            self._replicate = case.replicate
+        worker = self.worker
+        try:
+            reply: dict[str, Any] = worker.ask(
+                self.settings.time_limit_s,
+                "measure",
+                case=case.asked(),
+                ceilings=self.ceilings,
+                energy=self.settings.energy,
+            )
+        except WorkerFailedError as failure:
+            self._worker = None
+            reply = {
+                "status": failure.status,
+                "reason": str(failure),
+                "detail": failure.detail,
+                "code_hash": code_hash(case.arch),
+            }
+        if reply["status"] not in HEALTHY:
+            self._retire()
+        place = {
+            **worker.environment,
+            "process": f"{self.session}-{worker.process.pid}",
+            "code_hash": reply.pop("code_hash"),
+            "session": self.session,
+            "time_limit_s": self.settings.time_limit_s,
+        }
+        return Measurement(case=case, environment=place, **reply)
+
+    def _retire(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._retire()
+
+
+OnStart = Callable[[Case], None]
+OnFinish = Callable[[Measurement, bool], None]  # the measurement, and whether it was there already
+
+
+def run_cells(
+    cells: Sequence[Case],
+    directory: RunDirectory,
+    settings: Settings,
+    *,
+    on_start: OnStart,
+    on_finish: OnFinish,
+) -> None:
+    """Measure every cell of which `directory` holds no result from here.
+
+    A result stands where device, software and code are those of now. Faults (crashed, wrong,
+    error) are tried again, and so is a time-out under a shorter limit than now.
+
+    Raises:
+        WorkerFailedError: no worker starts, or it cannot measure the device's ceilings.
+        OSError: the disk is full; earlier records are as they were.
+    """
+    session = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    hashes = {arch: code_hash(arch) for arch in {case.arch for case in cells}}
+    write_atomically(directory.path / "plan.json", _plan(cells))
+    with Launcher(settings, session) as launcher:
+        here = launcher.worker.environment
+        standing = {
+            key
+            for key, m in directory.latest.items()
+            if stands(m, {**here, "code_hash": hashes.get(m.case.arch)}, settings)
+        }
+        dtypes = sorted({case.dtype for case in cells if case.key not in standing})
+        if dtypes:
+            launcher.ceilings = launcher.measure_ceilings(dtypes)
+            report: dict[str, Any] = {
+                "session": session,
+                "environment": here,
+                "ceilings_start": launcher.ceilings,
+            }
+            _write_session(directory, session, report)
+        for case in cells:
+            if case.key in standing:
+                on_finish(directory.latest[case.key], True)
+                continue
+            on_start(case)
+            measurement = launcher.measure(case)
+            directory.write(measurement)
+            on_finish(measurement, False)
+        if dtypes:
+            from harness.ceilings import UNSTABLE_DRIFT, drift
+
+            report["ceilings_end"] = launcher.measure_ceilings(dtypes)
+            report["drift"] = drift(launcher.ceilings, report["ceilings_end"])
+            report["stable"] = report["drift"] <= UNSTABLE_DRIFT
+            _write_session(directory, session, report)
+
+
+def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a record answers its case in environment `here`, so that it is not tried again."""
+    before = measurement.environment
+    if measurement.status in FAULTS or not same_place(before, here):
+        return False
+    if measurement.status == "timeout" and before["time_limit_s"] < settings.time_limit_s:
+        return False
+    return before["code_hash"] == here["code_hash"]
+
+
+def _plan(cells: Sequence[Case]) -> str:
+    """What the last sweep asked for, so that `seqscale status` can name what is missing."""
+    return json.dumps([case.asked() for case in cells], sort_keys=True) + "\n"
+
+
+def _write_session(directory: RunDirectory, session: str, report: Mapping[str, Any]) -> None:
+    folder = directory.path / "sessions"
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(folder / f"{session}.json", text)

@@ -1,0 +1,135 @@
+"""The process that measures: started by `harness.run`, asked for one cell after another.
+
+It may die of anything a cell does, so it holds nothing that would be missed. Requests and replies
+are JSON lines over two pipes of their own; what cells print goes elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # prctl.h
+
+OUT_OF_MEMORY = (  # how it looks when it is a plain RuntimeError
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "out of memory",
+)
+
+
+class WrongResultError(ArithmeticError):
+    """An operation's result is not that of its reference, or not possible; the message says how."""
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    parent, requests, replies = map(int, sys.argv[1:])
+    for pipe in (requests, replies):
+        os.set_inheritable(pipe, False)
+    _die_with(parent)
+    faulthandler.enable()
+    settings: dict[str, Any] = {}
+    with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "w", encoding="utf-8") as answer:
+        for line in asked:
+            request = json.loads(line)
+            reply = ANSWERS[request.pop("verb")](settings, **request)
+            print(json.dumps(reply, allow_nan=False), file=answer, flush=True)
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the sweep is, and before it when memory runs out."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _prepare(settings: dict[str, Any], device: str, threads: int | None) -> dict[str, Any]:
+    """Set the process up once; reply with the environment it measures in."""
+    from harness import timing
+    from harness.environment import environment
+
+    settings.update(timing.prepare_process(threads), device=device)
+    return {**environment(device), **timing.prepare_process(threads)}
+
+
+def _ceilings(settings: dict[str, Any], dtypes: list[str]) -> dict[str, float]:
+    from harness import ceilings
+
+    return ceilings.measure(settings["device"], dtypes)
+
+
+def _measure(
+    settings: dict[str, Any], case: dict[str, Any], ceilings: dict[str, float], energy: bool
+) -> dict[str, Any]:
+    """Measure one cell; the fields of its record that come from here."""
+    from harness import cost
+    from harness.environment import code_hash
+    from harness.record import Case
+
+    asked = Case(**case)
+    code = code_hash(asked.arch)
+    result = attempt(lambda: cost.measure(asked, settings["device"], ceilings, energy=energy))
+    return {**result, "code_hash": code}
+
+
+def attempt(measure: Callable[[], tuple[dict, dict]]) -> dict[str, Any]:
+    """Status, reason, metrics and samples of one attempt, whatever it raises."""
+    try:
+        metrics, samples = measure()
+    except Exception as error:
+        return {
+            "status": _status(error),
+            "reason": one_line(f"{type(error).__name__}: {error}" + _place(error)),
+            "detail": "".join(traceback.format_exception(error)),
+        }
+    return {"status": "ok", "metrics": metrics, "samples": samples}
+
+
+def _status(error: Exception) -> str:
+    from archs.ops import BackendUnavailableError
+
+    # Triton's OutOfResources: this device lacks what the kernel needs.
+    if type(error).__name__ == "OutOfResources":
+        return "unsupported"
+    if isinstance(error, NotImplementedError | BackendUnavailableError):
+        return "unsupported"
+    if isinstance(error, WrongResultError):
+        return "wrong"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        return "oom"
+    return "error"
+
+
+def _place(error: Exception) -> str:
+    """Where a bug shows: the last line of code of the traceback."""
+    if _status(error) != "error" or not (frames := traceback.extract_tb(error.__traceback__)):
+        return ""
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})"
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """`text` on one line, without characters that a terminal would obey."""
+    line = " ".join(text.split())
+    return "".join(c for c in line if c.isprintable())[:limit]
+
+
+ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "prepare": _prepare,
+    "ceilings": _ceilings,
+    "measure": _measure,
+}

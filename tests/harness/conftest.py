@@ -1,0 +1,54 @@
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import archs
+
+FAULTY = {
+    "segfault": "Segfault",
+    "abort": "Abort",
+    "hang": "Hang",
+    "hungry": "Hungry",
+    "hungry-python": "HungryInPython",
+    "hungry-cpp": "HungryInCpp",
+    "wrong": "Wrong",
+    "exit": "Exit",
+    "killed": "Killed",
+    "raises": "Raises",
+    "too-large": "TooLarge",
+    "chatty": "Chatty",
+}
+
+
+@pytest.fixture(scope="session")
+def faulty_package(tmp_path_factory):
+    """A folder that, on the path, is an installed package of blocks that break."""
+    root = tmp_path_factory.mktemp("site")
+    source = Path(__file__).parent / "plugins" / "faulty_blocks.py"
+    (root / source.name).write_text(source.read_text())
+    info = root / "faulty_blocks-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-blocks\nVersion: 1.0\n")
+    lines = [f"{name} = faulty_blocks:{block}" for name, block in FAULTY.items()]
+    (info / "entry_points.txt").write_text("[seqscale.blocks]\n" + "\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def faulty(faulty_package, monkeypatch):
+    """The blocks that break, on this process's menu and in its workers'."""
+    monkeypatch.syspath_prepend(str(faulty_package))
+    importlib.invalidate_caches()
+    archs.architectures.cache_clear()
+    yield
+    archs.architectures.cache_clear()
+    sys.modules.pop("faulty_blocks", None)
+
+
+@pytest.fixture
+def faulty_environment(faulty_package):
+    """Variables for a command line that finds the blocks that break."""
+    return {**os.environ, "PYTHONPATH": str(faulty_package)}
