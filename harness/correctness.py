@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archs.block import Block, recurrent_dtype
 from archs.ops import Backend
 from harness.op_inputs import Axes, Op, Tensors
 from harness.subjects import Subject
@@ -45,6 +46,20 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     if size == 0:
         return math.inf if difference else 0.0
     return difference / size
+
+
+def error_in_part(whole: Tensor, part: Tensor, expected: Tensor) -> float:
+    """The error of `part`, a view of `whole`, where all of `whole` outside it should be zero.
+
+    Writes into `whole`.
+    """
+    error, size = relative_error(part, expected), torch.linalg.vector_norm(expected).item()
+    part.zero_()
+    # In float32 at least, and without a copy of what may be a long sequence's gradient.
+    outside = torch.linalg.vector_norm(whole, dtype=recurrent_dtype(whole.dtype)).item()
+    if outside == 0:
+        return error
+    return math.nan if math.isnan(outside) or size == 0 else math.hypot(error, outside / size)
 
 
 def worst(errors: Iterable[float]) -> float:
@@ -94,10 +109,9 @@ def selection(
 def check_op_forward(
     op: Op, inputs: Tensors, backend: Backend, function: Callable[[], Tensor]
 ) -> Check:
-    """The first and last tokens against the fold; another backend than ours also against `torch`.
+    """The first and last tokens against the fold; a kernel also against `torch`.
 
-    That last comparison is at full length and in float32, since other backends may go wrong
-    anywhere.
+    That last comparison is at full length, in float32 at least: a kernel may go wrong anywhere.
     """
     T = tokens_of(op, inputs)
     tail = min(OP_TAIL, T - OP_PREFIX)
@@ -138,8 +152,8 @@ def check_op_backward(
 
     The timed call's own, at the last tokens, for inputs that no other head shares. Then, through
     the timed graph, those of a cotangent that is zero but for the first tokens of the checked row
-    and heads: exact there, zero everywhere else. Another backend than ours is also compared with
-    `torch` at full length.
+    and heads: exact there, zero everywhere else. A kernel is also compared with `torch`, at full
+    length.
     """
     T = tokens_of(op, leaves)
     tail = min(OP_GRADIENT_TAIL, T - OP_GRADIENT_PREFIX)
@@ -185,7 +199,7 @@ def check_op_backward(
             )
             grads = torch.autograd.grad(y, list(leaves.values()), masked, retain_graph=True)
             for (name, part), got in zip(wanted.items(), grads, strict=True):
-                errors.append(padded_error(got, op.AXES[name], stop, part))
+                errors.append(error_in_part(got, selected(got, op.AXES[name], 0, stop), part))
         return worst(errors)
 
     return check
@@ -217,13 +231,6 @@ def check_op_decode(
 def gradients_of(y: Tensor, leaves: Tensors, names: list[str], seed: Tensor) -> tuple[Tensor, ...]:
     """Gradients of y . seed with respect to the named leaves."""
     return torch.autograd.grad(y, [leaves[name] for name in names], seed)
-
-
-def padded_error(got: Tensor, axes: Axes, stop: int, expected: Tensor) -> float:
-    """The error of `got` against `expected` in its checked part and zero elsewhere."""
-    wanted = torch.zeros_like(got, dtype=torch.float64)
-    selected(wanted, axes, 0, stop).copy_(expected)
-    return relative_error(got, wanted)
 
 
 def tokens_axis(op: Op) -> int:
@@ -338,13 +345,30 @@ def check_prefill(
         part = subject.last_row(length)
         y, state = part.prefill(length + 1)
         errors = [relative_error(y, like(y, short[:, :length]))]
-        errors.append(relative_error(part.step(part.following, state)[0], short[:, length]))
+        errors.append(relative_error(stepped(part, state), short[:, length]))
         y, state = function()
         errors += [not_finite([y]), relative_error(y[-1:], like(y, whole))]
-        errors.append(relative_error(subject.step(subject.following, state)[0][-1:], after))
+        errors.append(relative_error(stepped(subject, state)[-1:], after))
         return worst(errors)
 
     return check
+
+
+def stepped(subject: Subject, state: Any) -> Tensor:
+    """Outputs of the token that follows, from a state that the timed module returned.
+
+    A kernel's state is read by the step of `torch`: on its own backend a block may have none.
+    """
+    kernels: list[tuple[Block, Backend]] = [
+        (block, block.backend) for block in subject.blocks() if is_kernel(block.backend)
+    ]
+    for block, _ in kernels:
+        block.backend = "torch"
+    try:
+        return subject.step(subject.following, state)[0]
+    finally:
+        for block, backend in kernels:
+            block.backend = backend
 
 
 def check_decode(
@@ -359,7 +383,7 @@ def check_decode(
 
     @torch.no_grad()
     def check() -> float:
-        before = [x.double() for x in rows(state, one)]
+        before = [x.to(torch.float64, copy=True) for x in rows(state, one)]
         reference = subject.in_float64(1)
         start = refilled(one, (x.clone() for x in before), state.position)
         wanted, expected = reference.step(reference.inputs[:, 0], start)
@@ -391,12 +415,14 @@ def prefix_error(subject: Subject, outputs: Tensor, expected: Tensor, gradient: 
     objective, seed = subject.last_row(tokens).objective(first)
     leaf = subject.leaf()
     (got,) = torch.autograd.grad(objective, leaf, seed, retain_graph=True)
-    if got.shape != gradient.shape:  # of inputs: one row's first tokens of all
-        wanted = torch.zeros_like(got, dtype=torch.float64)
-        wanted[-1:, :tokens] = gradient
-        gradient = wanted
+    # Of a block's inputs one row's first tokens have one; of the embedding the whole weight.
+    part = got if leaf is not subject.inputs else got[-1:, :tokens]
     return worst(
-        [not_finite([outputs]), relative_error(first, expected), relative_error(got, gradient)]
+        [
+            not_finite([outputs]),
+            relative_error(first, expected),
+            error_in_part(got, part, gradient),
+        ]
     )
 
 

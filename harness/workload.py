@@ -323,7 +323,9 @@ def _train_step(subject: Subject) -> Callable[[], None]:
     on_cuda = subject.inputs.device.type == "cuda"
     # On CUDA the plain loop would launch a kernel a parameter, and could not be captured.
     kernel: dict[str, Any] = {"fused": True, "capturable": True} if on_cuda else {}
-    optimiser = torch.optim.AdamW(subject.parameters(), lr=LEARNING_RATE, **kernel)
+    dtype = subject.parameters()[0].dtype
+    eps = 1e-4 if dtype == torch.float16 else 1e-8  # 1e-8 is 0 in float16, and an update NaN
+    optimiser = torch.optim.AdamW(subject.parameters(), lr=LEARNING_RATE, eps=eps, **kernel)
 
     def step() -> None:
         objective, seed = subject.objective(subject.forward())

@@ -8,6 +8,7 @@ from torch import nn
 
 import archs
 from archs.block import Block, BlockConfig, BlockOutput
+from archs.ops import BackendUnavailableError
 from harness import correctness, op_inputs, workload
 from harness.correctness import ALLOWED_ERROR
 from harness.record import Case
@@ -224,6 +225,24 @@ def test_a_prefill_wrong_at_length_only_is_found(arch, level, monkeypatch):
     monkeypatch.setattr(correctness, "PREFIX", 16)
     built = workload.build(case(arch, level, "prefill", 130, size="d64"))
     assert built.check() > RIGHT
+
+
+@pytest.mark.parametrize("level", ["block", "model"])
+def test_a_prefill_by_a_kernel_is_checked_without_a_step_of_its_own(level, monkeypatch):
+    from archs import mamba2
+
+    for name in ("ssd", "short_conv"):
+        real = getattr(mamba2, name)
+
+        def op(*args, backend, _real=real, **kwargs):
+            return _real(*args, backend="torch" if backend == "triton" else backend, **kwargs)
+
+        monkeypatch.setattr(mamba2, name, op)
+    built = workload.build(case("mamba2", level, "prefill", 60, backend="triton"))
+    for _ in range(2):
+        assert 0 < built.check() <= RIGHT
+    with pytest.raises(BackendUnavailableError):
+        workload.build(case("mamba2", level, "decode", backend="triton")).function()
 
 
 class PlugState(NamedTuple):

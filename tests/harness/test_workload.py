@@ -149,6 +149,14 @@ def test_a_training_step_moves_parameters_and_keeps_no_gradient(arch, level, mon
 
 
 @every_arch
+def test_training_in_float16_stays_finite(arch):
+    built = workload.build(case(arch, "block", "train_step", dtype="float16"))
+    for _ in range(20):
+        built.function()
+    assert built.check() <= ALLOWED_ERROR["float16"]
+
+
+@every_arch
 def test_backward_runs_only_the_backward_pass(arch, monkeypatch):
     """The forward pass lies outside the timed call, whose graph stays."""
     built = workload.build(case(arch, "block", "backward"))
