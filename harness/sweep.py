@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.record import Case
 from harness.sizes import parse_size
+
+if TYPE_CHECKING:
+    from archs.ops import Backend
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -75,7 +78,7 @@ class Grid:
         levels, phases, archs, sizes, dtypes = (
             self._names(name) for name in ("level", "phase", "archs", "size", "dtype")
         )
-        backends = [resolve_backend(name) for name in self._names("backend")]
+        backends: list[Backend] = [resolve_backend(name) for name in self._names("backend")]
         return [
             Case(
                 kind=self.kind,
