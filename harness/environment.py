@@ -20,6 +20,9 @@ FINGERPRINT = (
     "device", "driver", "cores", "threads", "memory_gib", "torch", "triton", "python",
 )  # fmt: skip
 
+# The modules of the harness that decide what is timed, and how.
+MEASURING = ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload")
+
 
 def same_place(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether environments `a` and `b` are one device with the same software."""
@@ -75,10 +78,10 @@ def _gpu() -> dict[str, Any]:
 
 
 def code_hash(arch: str) -> str:
-    """16 hexadecimal digits over the sources that an architecture or hybrid pattern runs.
+    """16 hexadecimal digits over the sources behind a number of an architecture or hybrid pattern.
 
     These are the modules of its blocks, the model around them, and all that they import of the
-    same packages. A plug-in's own sources count likewise.
+    same packages; a plug-in's own sources likewise; and the modules that feed and time it.
 
     Raises:
         ValueError: unknown architecture.
@@ -86,7 +89,8 @@ def code_hash(arch: str) -> str:
     from archs import block_class
     from archs.model import expand_pattern
 
-    modules = {block_class(name).__module__ for name in expand_pattern(arch)} | {"archs.model"}
+    modules = {block_class(name).__module__ for name in expand_pattern(arch)}
+    modules.add("archs.model")
     packages = {module.partition(".")[0] for module in modules} | {"archs"}
     sources: dict[str, bytes] = {}
     while modules:
@@ -94,6 +98,9 @@ def code_hash(arch: str) -> str:
         if module not in sources and (path := _source(module)):
             sources[module] = path.read_bytes()
             modules |= {m for m in _imports(module, path) if m.partition(".")[0] in packages}
+    for module in MEASURING:  # these import every architecture: they are not followed
+        if path := _source(module):
+            sources[module] = path.read_bytes()
     digest = hashlib.sha256()
     for module in sorted(sources):
         digest.update(module.encode() + b"\0" + sources[module])

@@ -1,0 +1,57 @@
+"""What needs an NVIDIA GPU: cells of every kind there, checked, timed and recorded."""
+
+import pytest
+import torch
+
+from harness import cost, sweep
+from harness.correctness import ALLOWED_ERROR
+from harness.record import Case
+from harness.workload import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("level", "phase"), [(level, phase) for level in sweep.PHASES for phase in sweep.PHASES[level]]
+)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_cell_is_right_on_the_gpu(arch, level, phase, dtype):
+    decode = phase == "decode"
+    workload = build(
+        Case(
+            kind="cost",
+            arch=arch,
+            level=level,
+            phase=phase,
+            batch=2,
+            seq_len=None if decode else 1000,
+            position=1000 if decode else None,
+            size="d128",
+            dtype=dtype,
+        ),
+        "cuda",
+    )
+    assert workload.check() <= ALLOWED_ERROR[dtype]
+    workload.function()
+    assert workload.check() <= ALLOWED_ERROR[dtype]
+
+
+def test_a_sweep_runs_on_the_gpu_by_default(tmp_path):
+    grids = sweep.narrowed(sweep.preset("h100"), lengths=[1024], positions=[1024], size="d256")
+    table = cost.run(grids, tmp_path)
+    assert set(table["status"]) == {"ok"}, table[["arch", "level", "phase", "status", "reason"]]
+    assert set(table["device"]) == {torch.cuda.get_device_name()}
+    assert set(table["dtype"]) == {"bfloat16"}
+    assert set(table["peak_source"]) == {"cuda allocator"}
+    assert (table["roofline_fraction"] < 1.05).all()
+
+
+def test_memory_that_runs_out_on_the_gpu_is_oom(tmp_path):
+    grid = sweep.Grid(level="block", phase="train_step", archs="mamba2", lengths=1 << 20, batch=64)
+    (row,) = cost.run([grid], tmp_path).to_dict("records")
+    assert row["status"] == "oom"
