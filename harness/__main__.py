@@ -271,7 +271,7 @@ def _show_plan(cells: Sequence[Case], out: Path, as_json: bool) -> int:
     to_do = [e for _, e, known in plan if not known]
     lines.append(
         f"{len(to_do)} of {len(plan)} cells to measure: roughly "
-        f"{sum(e.seconds for e in to_do) / 60:.1f} min and up to "
+        f"{sum(e.seconds for e in to_do) / 60:.1f} min on a two-core CPU and up to "
         f"{max((e.bytes for e in to_do), default=0) / 2**20:,.0f} MiB"
     )
     _say({"cells": document}, lines, as_json)

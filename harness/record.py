@@ -13,7 +13,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -61,7 +61,7 @@ class Case:
     @functools.cached_property
     def key(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-        return hashlib.sha256(CANONICAL.encode(self.asked()).encode()).hexdigest()[:16]
+        return _key(self.asked())
 
     def asked(self) -> dict[str, Any]:
         """The fields by name."""
@@ -88,6 +88,10 @@ DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 CASE_FIELDS = tuple(f.name for f in fields(Case))
 
 
+def _key(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(CANONICAL.encode(asked).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What came of one attempt at a case."""
@@ -104,6 +108,10 @@ class Measurement:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
+
+
+# Of the environment, what stands in a row.
+PLACES = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc")
 
 
 class Damaged(NamedTuple):
@@ -130,12 +138,12 @@ def from_json(text: bytes) -> Measurement:
         ValueError: not JSON, not a record, or of another schema; the message says which.
     """
     try:
-        document = DECODER.decode(text.decode())
+        document, end = DECODER.raw_decode(text.decode())
     except UnicodeDecodeError:
         raise ValueError("not text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}" if text.strip() else "empty") from None
-    if not isinstance(document, dict) or "schema" not in document:
+    if not isinstance(document, dict) or "schema" not in document or text[end:].strip():
         raise ValueError("not a record")
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']}, this version reads {SCHEMA}")
@@ -154,8 +162,37 @@ def load(source: Path) -> tuple[list[Measurement], list[Damaged]]:
     Raises:
         FileNotFoundError: there is neither.
     """
+    latest: dict[str, Measurement] = {}
+    damaged: list[Damaged] = []
     with collector_paused():
-        return _load(source, packed=source.is_file())
+        for found in each(source):
+            if isinstance(found, Damaged):
+                damaged.append(found)
+            else:
+                latest[found.case.key] = found
+    return list(latest.values()), damaged
+
+
+def each(source: Path) -> Iterator[Measurement | Damaged]:
+    """Every attempt at every case, later ones later, and the files that are no records.
+
+    Args:
+        source: as for `load`.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    packed = source.is_file()
+    for name, text in _lines(source) if packed else _files(source):
+        try:
+            measurement = from_json(text)
+            if not (packed or name.startswith(f"{measurement.case.key}-")):
+                raise ValueError("its name is not that of its case")
+        except ValueError as error:
+            path = source if packed else source / "records" / name
+            yield Damaged(path, f"line {name}: {error}" if packed else str(error))
+        else:
+            yield measurement
 
 
 @contextmanager
@@ -168,23 +205,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _load(source: Path, *, packed: bool) -> tuple[list[Measurement], list[Damaged]]:
-    latest: dict[str, Measurement] = {}
-    damaged = []
-    for name, text in _lines(source) if packed else _files(source):
-        try:
-            measurement = from_json(text)
-            key = measurement.case.key
-            if not (packed or name.startswith(f"{key}-")):
-                raise ValueError("its name is not that of its case")
-        except ValueError as error:
-            path = source if packed else source / "records" / name
-            damaged.append(Damaged(path, f"line {name}: {error}" if packed else str(error)))
-        else:
-            latest[key] = measurement
-    return list(latest.values()), damaged
 
 
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
@@ -203,21 +223,22 @@ def _lines(packed: Path) -> Iterator[tuple[str, bytes]]:
         yield str(number), line
 
 
-def rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
-    """One flat row a measurement: case, status, metrics, and where it was taken."""
-    places = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc")
-    return [
-        {
-            "key": m.case.key,
-            **m.case.asked(),
-            "options": json.dumps(dict(m.case.options), sort_keys=True),
-            "status": m.status,
-            "reason": m.reason,
-            **m.metrics,
-            **{name: m.environment.get(name) for name in places},
-        }
-        for m in measurements
-    ]
+def rows(source: Path) -> list[dict[str, Any]]:
+    """One flat row a case, of its latest attempt: what was asked, metrics, where it was taken."""
+    found = {}
+    with collector_paused():
+        for m in each(source):  # samples are dropped as soon as they are read: they are most of it
+            if isinstance(m, Measurement):
+                found[m.case.key] = {
+                    "key": m.case.key,
+                    **m.case.asked(),
+                    "options": CANONICAL.encode(m.case.options) if m.case.options else "{}",
+                    "status": m.status,
+                    "reason": m.reason,
+                    **m.metrics,
+                    **{name: m.environment.get(name) for name in PLACES},
+                }
+    return list(found.values())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -28,8 +28,7 @@ def frame(source: Path) -> pd.DataFrame:
     The column stable says whether the device kept its speed from start to end of the sweep that
     measured the cell: null where the sweep did not end, or for a packed file.
     """
-    with record.collector_paused():
-        table = pd.DataFrame(record.rows(record.load(source)[0]))
+    table = pd.DataFrame(record.rows(source))
     if table.empty:
         return table
     for metric in {*METRICS} - {*table.columns}:  # no cell reached it
