@@ -225,6 +225,7 @@ class Launcher:
             **worker.environment,
             "process": f"{self.session}-{worker.process.pid}",
             "code_hash": reply.pop("code_hash"),
+            "cell_s": reply.pop("cell_s", None),  # in the worker; null where it did not survive
             "session": self.session,
             "time_limit_s": self.settings.time_limit_s,
         }

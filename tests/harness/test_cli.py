@@ -111,7 +111,9 @@ def test_a_dry_run_estimates_and_measures_nothing(here, tmp_path):
     code, out, err = here("cost", "--preset", "quick", "--dry-run")
     assert code == 0, err
     assert "transformer op forward T=256" in out
-    assert re.search(r"68 of 68 cells to measure: roughly [\d.]+ min on a two-core CPU and up to [\d,]+ MiB", out)
+    assert re.search(
+        r"68 of 68 cells to measure: roughly [\d.]+ min on a two-core CPU and up to [\d,]+ MiB", out
+    )
     document = json.loads(here("cost", "sweep.toml", "--dry-run", "--json")[1])
     assert len(document["cells"]) == 4
     assert all(c["estimated_s"] > 0 and c["estimated_bytes"] > 0 for c in document["cells"])

@@ -1,7 +1,9 @@
+import itertools
 import json
 import os
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -221,3 +223,15 @@ def test_a_full_disk_ends_the_sweep_and_spoils_nothing(tmp_path):
     assert [p.read_bytes() for p in (tmp_path / "records").iterdir()] == [before]
     assert not list(tmp_path.rglob("*.tmp"))
     RunDirectory(tmp_path).close()  # the lock is free again
+
+
+def test_the_harness_adds_less_than_50_ms_a_cell(tmp_path):
+    ends = []
+    grid = Grid(
+        level="op", phase="decode", positions=list(range(1, 12)), size="d64", archs="mamba2"
+    )
+    cost.run([grid], tmp_path, on_finish=lambda m, known: ends.append((time.perf_counter(), m)))
+    added = [
+        now - before - m.environment["cell_s"] for (before, _), (now, m) in itertools.pairwise(ends)
+    ]
+    assert statistics.median(added) < 0.05
