@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
 from harness.record import Measurement
-from harness.report import curves, frame
+from harness.report import FOREIGN_LOAD, curves, frame
 from harness.sweep import in_order
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -79,11 +79,13 @@ def draw(source: Path, out: Path | None = None) -> list[Path]:
                 f"{LEVELS[level].capitalize()}, {PHASES[phase]}: {_size(size)}, "
                 f"{common['batch']}, {common['dtype']}, backend {common['backend']}"
             )
-            paths += _save(figure, out, _file_name(common), title, measurements)
+            paths += _save(figure, out, _file_name(common), title, _how_timed(part), part)
         runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
         if runs:
             title = "Training on real bytes, matched parameters"
-            paths += _save(_losses(runs), out, "training_loss", title, measurements)
+            said = "Loss of each training step, in bits, on the bytes of that step."
+            part = cells[cells["kind"] == "loss"]
+            paths += _save(_losses(runs), out, "training_loss", title, said, part)
     if not paths:
         raise NothingToDrawError(f"{source} holds no finished cell to draw")
     return paths
@@ -104,7 +106,7 @@ def _growth(part: pd.DataFrame) -> Figure:
         right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
     _reference_slopes(left, part)
     left.set_ylabel("time a sequence, ms")
-    right.set_ylabel("peak memory above inputs and weights, MiB")
+    right.set_ylabel("peak memory above the inputs, MiB")
     for axes in (left, right):
         _length_axis(axes, sorted(part["seq_len"].unique()), "sequence length T, tokens")
         axes.set_yscale("log")
@@ -114,8 +116,12 @@ def _growth(part: pd.DataFrame) -> Figure:
 
 
 def _times(axes: Axes, mine: pd.DataFrame, along: str, arch: str) -> None:
-    """Medians of the time a sequence (or token), with bars from the 20th to the 80th percentile."""
+    """Medians of the time a sequence (or token), with bars from the 20th to the 80th percentile.
+
+    Cells that others disturbed are hollow.
+    """
     low, middle, high = (mine[f"time_ms_p{q}"] / mine["batch"] for q in (20, 50, 80))
+    style = STYLES.get(arch, OTHER_STYLE)
     axes.errorbar(
         mine[along],
         middle,
@@ -123,8 +129,10 @@ def _times(axes: Axes, mine: pd.DataFrame, along: str, arch: str) -> None:
         label=_name(arch),
         capsize=2,
         ms=5,
-        **STYLES.get(arch, OTHER_STYLE),
+        **style,
     )
+    hollow = mine["disturbed"]
+    axes.plot(mine[along][hollow], middle[hollow], ls="", ms=5, mfc="white", zorder=3, **style)
 
 
 def _reference_slopes(axes: Axes, part: pd.DataFrame) -> None:
@@ -188,11 +196,12 @@ def _losses(runs: list[Measurement]) -> Figure:
 
 
 def _save(
-    figure: Figure, out: Path, name: str, title: str, measurements: list[Measurement]
+    figure: Figure, out: Path, name: str, title: str, said: str, part: pd.DataFrame
 ) -> list[Path]:
     """Title, footer and both file types; the SVG is the same for the same records."""
     figure.suptitle(title, fontsize=10)
-    figure.text(0.01, 0.005, _footer(measurements), fontsize=6, color="0.35", va="bottom")
+    footer = f"{said}\n{_origin(part)}"
+    figure.text(0.01, 0.005, footer, fontsize=6, color="0.35", va="bottom")
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.{kind}" for kind in ("svg", "png")]
@@ -202,35 +211,58 @@ def _save(
     return paths
 
 
-def _footer(measurements: list[Measurement]) -> str:
-    """Device, versions and commit of the records; several of one are all named."""
+def _how_timed(part: pd.DataFrame) -> str:
+    """What the marks of a figure of times mean, and what disturbed them."""
+    said = "Times: medians, bars from the 20th to the 80th percentile. "
+    if (sources := _named(part, "peak_source")) and part["phase"].iloc[0] != "decode":
+        said += f"Peak memory: {sources}. "
+    said += "State: exact. "
+    if _disturbed(part).any():
+        said += "Hollow: other processes used the CPU meanwhile. "
+    if (part["stable"] == False).any():  # noqa: E712 (null is neither)
+        said += "The device's speed changed by more than 2 % during the sweep."
+    return said
 
-    def values(key: str) -> str:
-        found = sorted({str(m.environment.get(key)) for m in measurements})
-        return ", ".join(found)
 
-    commits = {(m.environment.get("commit") or "none")[:10] for m in measurements}
-    dirty = any(m.environment.get("dirty") for m in measurements)
-    commit = ", ".join(sorted(commits)) + (" (uncommitted changes)" if dirty else "")
+def _disturbed(part: pd.DataFrame) -> pd.Series:
+    """Which cells others disturbed."""
+    if "foreign_load" not in part:
+        return pd.Series(data=False, index=part.index)
+    return part["foreign_load"] > FOREIGN_LOAD
+
+
+def _origin(part: pd.DataFrame) -> str:
+    """Device, versions and commit of the cells; several of one are all named."""
+    commits = sorted({str(commit or "none")[:10] for commit in part["commit"]})
+    dirty = " (uncommitted changes)" if (part["dirty"] == True).any() else ""  # noqa: E712
     return (
-        "Times: medians, bars from the 20th to the 80th percentile. Peak memory: resident "
-        "high-water mark. State: exact.\n"
-        f"{values('device')}, {values('threads')} threads · torch {values('torch')} · "
-        f"Python {values('python')} · commit {commit} · seqscale cost, seqscale plot"
+        f"{_named(part, 'device')}, {_named(part, 'threads')} threads · "
+        f"torch {_named(part, 'torch')} · Python {_named(part, 'python')} · "
+        f"commit {', '.join(commits)}{dirty} · seqscale cost, seqscale plot"
     )
+
+
+def _named(part: pd.DataFrame, column: str) -> str:
+    """The different values of a column."""
+    if column not in part:
+        return ""
+    values = part[column].dropna()
+    if pd.api.types.is_float_dtype(values):  # whole numbers beside nulls
+        values = values.astype(int)
+    return ", ".join(sorted(set(values.astype(str))))
 
 
 def _by_arch(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Each architecture's cells by length or position; replicates as their median."""
     along = "position" if cells["position"].notna().any() else "seq_len"
     shown = ["batch", "time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes"]
-    return [
-        (
-            arch,
-            cells[cells["arch"] == arch].groupby(along)[shown].median().astype(float).reset_index(),
-        )
-        for arch in in_order(cells["arch"])
-    ]
+    cells = cells.assign(disturbed=_disturbed(cells))
+    found = []
+    for arch in in_order(cells["arch"]):
+        groups = cells[cells["arch"] == arch].groupby(along)
+        mine = groups[shown].median().astype(float).reset_index()
+        found.append((arch, mine.assign(disturbed=groups["disturbed"].any().to_numpy())))
+    return found
 
 
 def _name(arch: str) -> str:
