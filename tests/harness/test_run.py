@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,12 +64,14 @@ def test_every_fault_is_a_record_and_the_sweep_goes_on(tmp_path, faulty):
     assert "Traceback" in found["raises"].detail
 
 
-def test_a_hang_is_killed_at_its_time_limit_with_its_group(tmp_path, faulty):
+def test_a_hang_is_killed_at_its_time_limit_with_its_group(tmp_path, faulty, monkeypatch):
+    monkeypatch.setenv("SEQSCALE_TEST_SLEEP", "62.75")
     start = time.monotonic()
     found = swept(tmp_path, ["hang", "mamba2"], time_limit_s=3)
     assert time.monotonic() - start < 60
     assert found["hang"].status == "timeout"
     assert "within 3 s" in found["hang"].reason
+    assert sleepers("62.75") == []
     assert found["mamba2"].status == "ok"
 
 
@@ -119,23 +122,32 @@ def test_a_worker_that_died_between_cells_is_replaced():
         assert launcher.worker.environment["torch"]
 
 
-def test_a_worker_dies_with_its_sweep(tmp_path):
+def sleepers(seconds):
+    """The processes `sleep seconds`, which only the test has started."""
+    found = subprocess.run(["pgrep", "-fx", f"sleep {seconds}"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_busy_worker_dies_with_its_sweep(tmp_path, faulty_environment):
     code = (
-        "import time; from harness.run import Worker; w = Worker('cpu', None);"
-        "print(w.process.pid, flush=True); time.sleep(60)"
+        "from harness import cost; from harness.sweep import Grid;"
+        "cost.run([Grid(level='block', phase='forward', lengths=16, size='d64', archs='hang')])"
     )
-    sweeping = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    worker = int(sweeping.stdout.readline())
+    variables = {**faulty_environment, "SEQSCALE_TEST_SLEEP": "61.25"}
+    sweeping = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=variables)
+    deadline = time.monotonic() + 60
+    while not (found := sleepers("61.25")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (sleeper,) = found
+    worker = int(Path(f"/proc/{sleeper}/stat").read_text().split()[3])
+    assert worker != sweeping.pid
     sweeping.kill()
     sweeping.wait()
+    os.kill(sleeper, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:  # noqa: PTH110
-        state = open(f"/proc/{worker}/stat").read().split()[2]  # noqa: PTH123, SIM115
-        if state == "Z":
-            break
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    else:
-        assert not os.path.exists(f"/proc/{worker}")  # noqa: PTH110
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_no_worker_at_all_is_one_clear_error(monkeypatch):
