@@ -51,4 +51,5 @@ def faulty(faulty_package, monkeypatch):
 @pytest.fixture
 def faulty_environment(faulty_package):
     """Variables for a command line that finds the blocks that break."""
-    return {**os.environ, "PYTHONPATH": str(faulty_package)}
+    path = os.pathsep.join(filter(None, [str(faulty_package), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}

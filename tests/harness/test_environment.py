@@ -24,7 +24,9 @@ def test_the_environment_is_complete():
 
 
 def test_an_installed_copy_has_no_commit(tmp_path):
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True)
     inside = tmp_path / "site-packages"
     inside.mkdir()
     assert environment._commit(inside) == {"commit": None, "dirty": None}

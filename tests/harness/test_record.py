@@ -85,6 +85,7 @@ def damage(text):
         "empty": (b"", "empty"),
         "binary": (os.urandom(8) + b"\xff\xfe\x00", "not text"),
         "newer": (json.dumps({**document, "schema": 2}).encode(), "schema 2, this version reads 1"),
+        "two in one": (text * 2, "not a record"),
         "a list": (b"[1, 2]", "not a record"),
         "a field more": (json.dumps({**document, "mood": "good"}).encode(), "mood"),
         "a field less": (json.dumps({"schema": 1, "case": document["case"]}).encode(), "status"),
