@@ -4,7 +4,9 @@
 `archs.block`. A third party adds a block class through the entry-point group `seqscale.blocks`.
 """
 
+import sys
 import warnings
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
@@ -47,14 +49,16 @@ def architectures() -> dict[str, type[Block]]:
     for entry in entry_points(group="seqscale.blocks"):
         package = entry.dist.name if entry.dist else "an unknown package"
         try:
-            block = entry.load()
+            with redirect_stdout(sys.stderr):  # standard output belongs to the caller
+                block = entry.load()
         except (Exception, SystemExit) as error:
             warnings.warn(f"plug-in {entry.name!r} of {package} ignored: {error}", stacklevel=2)
             continue
         is_block = isinstance(block, type) and issubclass(block, Block)
-        if entry.name in ARCHITECTURES or not is_block:
+        if entry.name in ARCHITECTURES or not is_block or not hasattr(block, "Config"):
             warnings.warn(
-                f"plug-in {entry.name!r} of {package} ignored: it must be a Block under a new name",
+                f"plug-in {entry.name!r} of {package} ignored: it must be a Block with a Config, "
+                "under a new name",
                 stacklevel=2,
             )
             continue

@@ -6,12 +6,15 @@ T tokens, D width, V vocabulary.
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from archs.block import Block, decode_bytes, forward_flops, state_bytes
+
+MAX_DEPTH = 4096  # blocks in a pattern
 
 
 class ModelState(NamedTuple):
@@ -32,7 +35,8 @@ def expand_pattern(pattern: str, depth: int | None = None) -> list[str]:
     """The architecture of each block: "mamba2*3+transformer" is three and one, repeated to depth.
 
     Raises:
-        ValueError: the pattern is malformed, or its length does not divide `depth`.
+        ValueError: the pattern is malformed or longer than MAX_DEPTH, or its length does not
+            divide `depth`.
     """
     names: list[str] = []
     for part in pattern.split("+"):
@@ -41,7 +45,10 @@ def expand_pattern(pattern: str, depth: int | None = None) -> list[str]:
             raise ValueError(
                 f"cannot read the pattern {pattern!r}: write it as mamba2*3+transformer"
             )
-        names += [match[1]] * int(match[2] or 1)
+        count = int(match[2] or 1)
+        if len(names) + count > MAX_DEPTH:
+            raise ValueError(f"the pattern {pattern[:80]!r} has more than {MAX_DEPTH} blocks")
+        names += [match[1]] * count
     if depth is None:
         return names
     if depth < 1 or depth % len(names):
@@ -49,6 +56,16 @@ def expand_pattern(pattern: str, depth: int | None = None) -> list[str]:
             f"depth {depth} is not a multiple of the pattern {pattern!r}, which has {len(names)}"
         )
     return names * (depth // len(names))
+
+
+def canonical_pattern(pattern: str) -> str:
+    """The one way to write a pattern: " a+ a*2 +b" is "a*3+b".
+
+    Raises:
+        ValueError: as `expand_pattern`.
+    """
+    groups = ((name, len(list(group))) for name, group in groupby(expand_pattern(pattern)))
+    return "+".join(name if count == 1 else f"{name}*{count}" for name, count in groups)
 
 
 class LanguageModel(nn.Module):

@@ -5,10 +5,12 @@ Verbs import what they need when they run, so that `--help` starts without PyTor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from harness.record import Case
+    from harness.record import Case, Damaged
 
 app = App(
     name="seqscale",
     help="What each sequence architecture costs, and what it loses, as the sequence grows.",
     version_flags=[],
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 Names = Annotated[list[str] | None, Parameter(negative="")]
 Numbers = Annotated[list[int] | None, Parameter(negative="")]
@@ -112,8 +115,6 @@ def cost(
             f"give the sweep file {str(sweep)!r} or --preset, not both (options that take several "
             "values are repeated: --arch mamba2 --arch hyena)"
         )
-    _check_positive("--threads", threads)
-    _check_positive("--time-limit", time_limit)
     try:
         device = sweep_module.resolve_device(device)
         grids = sweep_module.narrowed(
@@ -141,17 +142,20 @@ def cost(
     from harness.progress import SweepProgress
 
     with SweepProgress(cells, _console(stderr=True)) as progress:
-        table = cost_module.run(
-            cells,
-            out,
-            device=device,
-            threads=threads,
-            time_limit_s=time_limit,
-            energy=energy,
-            on_open=progress.opened,
-            on_start=progress.started,
-            on_finish=progress.finished,
-        )
+        try:
+            table = cost_module.run(
+                cells,
+                out,
+                device=device,
+                threads=threads,
+                time_limit_s=time_limit,
+                energy=energy,
+                on_open=progress.opened,
+                on_start=progress.started,
+                on_finish=progress.finished,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     return _show_results(table[table["key"].isin([case.key for case in cells])], out, json)
 
 
@@ -170,7 +174,7 @@ def status(run: Path = Path("runs/cost"), *, json: Flag = False) -> int:
 
     try:
         found = status_module.status(run)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(str(error)) from None
     _say(found, status_module.lines(found), json)
     return 0
@@ -192,7 +196,7 @@ def export(run: Path, to: Path) -> int:
     if not run.exists():
         raise UsageError(f"{run} is not there: run seqscale cost --out {run} first")
     try:
-        count = export_module.export(run, to)
+        count = export_module.export(run, to, _name_damaged)
     except ValueError as error:
         raise UsageError(str(error)) from None
     print(f"{to}: {count} cells")
@@ -213,7 +217,7 @@ def plot(run: Path = Path("runs/cost"), *, out: Path | None = None) -> int:
     from harness.plot import NothingToDrawError, draw
 
     try:
-        paths = draw(run, out)
+        paths = draw(run, out, _name_damaged)
     except (NothingToDrawError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     print("\n".join(map(str, paths)))
@@ -250,6 +254,10 @@ def doctor(*, json: Flag = False) -> int:
     checks = doctor_module.examine()
     _say(doctor_module.as_json(checks), doctor_module.lines(checks), json)
     return 0
+
+
+def _name_damaged(damaged: Damaged) -> None:
+    print(f"left out, no record: {damaged.path}: {damaged.reason}", file=sys.stderr)
 
 
 def _show_plan(cells: Sequence[Case], out: Path, as_json: bool) -> int:
@@ -296,17 +304,18 @@ def _show_results(table: pd.DataFrame, out: Path, as_json: bool) -> int:
     return 4 if broken else 0
 
 
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise UsageError(f"{name} must be greater than 0, got {value}")
-
-
 def _console(*, stderr: bool = False) -> Console:
     """A console as wide as the terminal, or 120 columns in a pipe."""
     from rich.console import Console
 
+    class PipeConsole(Console):
+        """Leaves it to `main` that the reader of a pipe left; rich ends with code 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+    return PipeConsole(stderr=stderr, width=None if stream.isatty() else 120)
 
 
 def _say(document: Any, lines: Sequence[str], as_json: bool) -> None:
@@ -320,8 +329,12 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM: not a SystemExit, which a plug-in's import may raise and is forgiven."""
+
+
 def _terminated(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+    raise _TerminatedError
 
 
 def main() -> None:
@@ -330,7 +343,9 @@ def main() -> None:
     What the user can mend is one line on standard error: exit code 2 for wrong usage, 5 for the
     machine. Interrupted, it ends with 130 or 143; what was recorded stays.
     """
+    _prepare_streams()
     signal.signal(signal.SIGTERM, _terminated)
+    warnings.showwarning = _show_warning
     try:
         code = app(sys.argv[1:], exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -338,19 +353,46 @@ def main() -> None:
         code = _complain(str(error), 2)
     except UsageError as error:
         code = _complain(str(error), 2)
-    except KeyboardInterrupt:
-        code = _complain("interrupted: what is recorded stays, the same command resumes", 130)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
+        message = f"stopped by {number.name}: what is recorded stays, the same command resumes"
+        code = _complain(message, 128 + number)
     except BrokenPipeError:  # the reader of a pipe left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
         code = 128 + signal.SIGPIPE
+    except (ImportError, MemoryError) as error:
+        code = _complain(f"{type(error).__name__}: {error}", 5)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         code = _complain(what, 5)
     sys.exit(code)
 
 
+def _prepare_streams() -> None:
+    """Standard streams that are there, and that no character can break."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _complain(f"warning: {message}", 0)
+
+
 def _complain(message: str, code: int) -> int:
-    print("seqscale:", " ".join(message.split()), file=sys.stderr)
+    """One plain line on standard error, whatever is in the message."""
+    from harness.worker import one_line
+
+    with contextlib.suppress(OSError):
+        print("seqscale:", one_line(message, limit=2000), file=sys.stderr, flush=True)
     return code
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from harness.sweep import Grid
 
+MAX_THREADS = 4096
+MAX_LIMIT_S = 30 * 24 * 3600
 CEILING_RETRIES = 6  # before a time is called faster than possible
 Metrics = dict[str, Any]
 Samples = dict[str, list[float]]
@@ -46,7 +48,7 @@ def run(
         on_finish: called for each cell with its measurement, and whether it was there before.
 
     Raises:
-        ValueError: something in the sweep does not exist.
+        ValueError: something in the sweep does not exist, or a number cannot be.
         DirectoryInUseError: another sweep writes into `out`.
         OSError: `out` cannot be written.
         WorkerFailedError: no process that measures can be started.
@@ -54,6 +56,10 @@ def run(
     from harness import report
     from harness.sweep import as_cells, resolve_device
 
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
+    if not 0 < time_limit_s <= MAX_LIMIT_S:
+        raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
     device = resolve_device(device)
     cells = as_cells(sweep, device)
     out = Path(out)

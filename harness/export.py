@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import record, report
+from harness.record import Damaged
 
 FORMATS = (".csv", ".parquet", ".jsonl")
 
 
-def export(source: Path, to: Path) -> int:
+def export(
+    source: Path, to: Path, on_damaged: Callable[[Damaged], None] = lambda damaged: None
+) -> int:
     """Write the latest attempt at every case of `source` into one file; the number of cases.
 
     The suffix of `to` chooses the format. CSV and Parquet hold one flat row a cell. JSONL holds
     everything, one record a line, sorted, so that the same records give the same bytes; every verb
     that reads a run directory reads it too.
+
+    `on_damaged` is called for each file that is no record, and is left out.
 
     Raises:
         ValueError: another suffix, or nothing to export.
@@ -22,7 +28,9 @@ def export(source: Path, to: Path) -> int:
     """
     if to.suffix not in FORMATS:
         raise ValueError(f"{to}: write a file that ends in {', '.join(FORMATS)}")
-    measurements, _ = record.load(source)
+    measurements, damaged = record.load(source)
+    for file in damaged:
+        on_damaged(file)
     if not measurements:
         raise ValueError(f"{source} holds no records: run seqscale cost --out {source} first")
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +44,9 @@ def export(source: Path, to: Path) -> int:
         try:
             report.frame(source).to_parquet(temporary, index=False)
             temporary.replace(to)
+        except OSError as error:
+            error.filename = str(to)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
     return len(measurements)

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers differ too.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
-from harness.record import Measurement
+from harness.record import Damaged, Measurement
 from harness.report import FOREIGN_LOAD, curves, frame
 from harness.sweep import in_order
 
@@ -54,18 +55,25 @@ class NothingToDrawError(Exception):
     """The run directory holds no record that can be drawn; the message says what to run."""
 
 
-def draw(source: Path, out: Path | None = None) -> list[Path]:
+def draw(
+    source: Path,
+    out: Path | None = None,
+    on_damaged: Callable[[Damaged], None] = lambda damaged: None,
+) -> list[Path]:
     """Draw every figure that the records of a run directory or packed file allow; their paths.
 
     Args:
         source: run directory, or JSONL file of `seqscale export`.
         out: folder for the figures; default: figures beside the records.
+        on_damaged: called for each file that is no record, and is left out.
 
     Raises:
         NothingToDrawError: `source` holds no record that can be drawn.
         FileNotFoundError: `source` is not there.
     """
-    measurements, _ = record.load(source)
+    measurements, damaged = record.load(source)
+    for file in damaged:
+        on_damaged(file)
     cells = frame(source)
     if cells.empty:
         raise NothingToDrawError(f"{source} holds no records: run seqscale cost first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,13 @@ def frame(source: Path) -> pd.DataFrame:
 
 def _stability(source: Path) -> dict[str, bool]:
     """For each finished session of a run directory: did its ceilings stay where they were?"""
-    sessions = (json.loads(path.read_text()) for path in (source / "sessions").glob("*.json"))
-    return {s["session"]: s["stable"] for s in sessions if "stable" in s}
+    found = {}
+    for path in (source / "sessions").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):  # a damaged one says nothing
+            session = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(session, dict) and isinstance(session.get("stable"), bool):
+                found[path.stem] = session["stable"]
+    return found
 
 
 def documents(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -61,13 +67,17 @@ def notes(table: pd.DataFrame) -> list[str]:
         reason = str(part["reason"].iloc[0])
         said.append(f"{len(part)} {status}: {reason}" + (" (the first)" if len(part) > 1 else ""))
     if "foreign_load" in table and (count := int((table["foreign_load"] > FOREIGN_LOAD).sum())):
-        said.append(f"{count} cells were timed while other processes used the CPU (foreign_load)")
+        said.append(f"{_cells(count)} timed while other processes used the CPU (foreign_load)")
     if count := int((table["stable"] == False).sum()):  # noqa: E712 (null is neither)
         said.append(
-            f"{count} cells come from a sweep whose device did not keep its speed from start to "
+            f"{_cells(count)} from a sweep whose device did not keep its speed from start to "
             "end (stable = False; figures in sessions/)"
         )
     return said
+
+
+def _cells(count: int) -> str:
+    return "1 cell was" if count == 1 else f"{count} cells were"
 
 
 def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

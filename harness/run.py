@@ -26,7 +26,7 @@ from harness.environment import code_hash, same_place
 from harness.record import FAULTS, Case, Measurement, RunDirectory, write_atomically
 from harness.worker import OUT_OF_MEMORY, one_line
 
-START_LIMIT_S = 300  # to import PyTorch from a slow disk
+START_LIMIT_S = 300  # to import PyTorch from a slow disk, or to measure the ceilings
 KEPT_OUTPUT_BYTES = 16_384  # of what a worker prints
 HEALTHY = frozenset({"ok", "unsupported", "diverged"})
 
@@ -86,7 +86,7 @@ class Worker:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not select.select([self._replies], [], [], remaining)[0]:
                     self.kill()
-                    reason = f"no result within {limit_s:g} s: see --time-limit"
+                    reason = f"no result within {limit_s:g} s"
                     raise WorkerFailedError("timeout", reason, self._output())
                 if not (part := os.read(self._replies, 1 << 20)):
                     raise self._death(_oom_kills() > oom_kills)
@@ -195,7 +195,7 @@ class Launcher:
 
     def measure_ceilings(self, dtypes: Sequence[str]) -> dict[str, float]:
         """The device's ceilings as they are now."""
-        return self.worker.ask(self.settings.time_limit_s, "ceilings", dtypes=list(dtypes))
+        return self.worker.ask(START_LIMIT_S, "ceilings", dtypes=list(dtypes))
 
     def measure(self, case: Case) -> Measurement:
         """Measure one cell; a measurement whatever it does."""
@@ -297,12 +297,20 @@ def run_cells(
             directory.write(measurement)
             on_finish(measurement, False)
         if dtypes:
-            from harness.ceilings import UNSTABLE_DRIFT, drift
-
-            report["ceilings_end"] = launcher.measure_ceilings(dtypes)
-            report["drift"] = drift(launcher.ceilings, report["ceilings_end"])
-            report["stable"] = report["drift"] <= UNSTABLE_DRIFT
+            report |= _end_of_session(launcher, dtypes)
             _write_session(directory, session, report)
+
+
+def _end_of_session(launcher: Launcher, dtypes: Sequence[str]) -> dict[str, Any]:
+    """The ceilings once more, and whether the device kept its speed; why not, if they fail."""
+    from harness.ceilings import UNSTABLE_DRIFT, drift
+
+    try:
+        ceilings = launcher.measure_ceilings(dtypes)
+    except WorkerFailedError as failure:  # the cells are recorded: nothing is lost
+        return {"ceilings_end": None, "reason": str(failure)}
+    change = drift(launcher.ceilings, ceilings)
+    return {"ceilings_end": ceilings, "drift": change, "stable": change <= UNSTABLE_DRIFT}
 
 
 def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings) -> bool:
@@ -310,9 +318,9 @@ def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings
     before = measurement.environment
     if measurement.status in FAULTS or not same_place(before, here):
         return False
-    if measurement.status == "timeout" and before["time_limit_s"] < settings.time_limit_s:
+    if measurement.status == "timeout" and before.get("time_limit_s", 0) < settings.time_limit_s:
         return False
-    return before["code_hash"] == here["code_hash"]
+    return before.get("code_hash") == here["code_hash"]
 
 
 def _plan(cells: Sequence[Case]) -> str:

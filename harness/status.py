@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import record
-from harness.record import Case
+from harness.record import Case, Damaged
 
 
 def status(out: Path) -> dict[str, Any]:
@@ -20,15 +20,20 @@ def status(out: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such directory.
+        NotADirectoryError: it is a file.
     """
+    if out.is_file():
+        raise NotADirectoryError(f"{out} is a file: status takes a run directory")
     measurements, damaged = record.load(out)
     latest = {m.case.key: m for m in measurements}
+    cells = [m.case for m in measurements]
     plan = out / "plan.json"
-    cells = (
-        [Case(**asked) for asked in json.loads(plan.read_text())]
-        if plan.exists()
-        else [m.case for m in measurements]
-    )
+    try:
+        cells = [Case(**asked) for asked in json.loads(plan.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError):
+        damaged.append(Damaged(plan, "not a plan of cells: what is planned is not known"))
     found = [latest[case.key] for case in cells if case.key in latest]
     return {
         "out": str(out),
@@ -49,7 +54,9 @@ def status(out: Path) -> dict[str, Any]:
 def lines(found: dict[str, Any], shown: int = 10) -> list[str]:
     """The same for people: at most `shown` of each list."""
     counts = ", ".join(f"{n} {name}" for name, n in found["statuses"].items()) or "nothing yet"
-    running = f"process {found['running']} is sweeping" if found["running"] else "no sweep runs"
+    running = "no sweep runs"
+    if found["running"] is not None:
+        running = f"process {found['running'] or 'unknown'} is sweeping"
     said = [
         f"{found['out']}: {found['recorded']} of {found['planned']} cells ({counts}); {running}"
     ]

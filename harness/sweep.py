@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.record import Case
-from harness.sizes import parse_size
+from harness.sizes import SCALING, parse_size
 
 if TYPE_CHECKING:
     from archs.ops import Backend
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 MAX_LENGTH = 1 << 30
+# Least and most of a grid's whole numbers.
+LIMITS = {
+    "batch": (1, 1 << 40),
+    "tokens": (1, 1 << 50),
+    "replicates": (1, 10_000),
+    "seed": (0, (1 << 63) - 1),
+}
+MAX_WIDTH = 1 << 20
+SMALLEST_PARAMS = 200_000  # of a matched size: below, no shape of some architectures is near
 
 CHOICES = {
     "kind": ("cost", "loss"),
@@ -73,11 +83,13 @@ class Grid:
                 the message says what to write.
         """
         from archs import resolve_backend
+        from archs.model import canonical_pattern
 
         self._check_numbers()
         levels, phases, archs, sizes, dtypes = (
             self._names(name) for name in ("level", "phase", "archs", "size", "dtype")
         )
+        archs = [canonical_pattern(arch) for arch in archs]
         backends: list[Backend] = [resolve_backend(name) for name in self._names("backend")]
         return [
             Case(
@@ -109,9 +121,9 @@ class Grid:
         return values
 
     def _check_numbers(self) -> None:
-        for name, low in (("batch", 1), ("tokens", 1), ("replicates", 1), ("seed", 0)):
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and value >= low):
+            if value is not None and not (_is_whole(value) and low <= value <= high):
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
         for name in ("lengths", "positions"):
             for value in _listed(getattr(self, name)):
@@ -121,6 +133,10 @@ class Grid:
             raise ValueError("give tokens (a constant B * T) or batch (a constant B), not both")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a table, got {self.options!r}")
+        try:
+            json.dumps(dict(self.options), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options must be words and finite numbers: {error}") from None
 
     def _batch(self, length: int) -> int:
         if self.tokens is None:
@@ -201,7 +217,7 @@ def load(path: Path) -> tuple[Grid, ...]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a TOML file: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     known = [f.name for f in fields(Grid)]
     if extra := sorted(set(document) - {"grid"}):
@@ -251,6 +267,11 @@ def narrowed(
             ]
         if not grids:
             raise ValueError(f"the sweep has no {name} {' or '.join(wanted)}")
+    phases = {name for grid in grids for name in _listed(grid.phase)}
+    if "positions" in changes and "decode" not in phases:
+        raise ValueError("positions are for phase decode, which the sweep does not have")
+    if "lengths" in changes and phases == {"decode"}:
+        raise ValueError("the sweep only decodes: give positions instead of lengths")
     if "lengths" in changes or "positions" in changes:
         changes.setdefault("tokens", None)
     if "batch" in changes:
@@ -286,6 +307,8 @@ def as_cells(sweep: str | Path | Sequence[Grid] | Sequence[Case], device: str) -
     found: list[Case] = []
     for part in sweep:
         found += [part] if isinstance(part, Case) else cells([part], device)
+    if not found:
+        raise ValueError("the sweep has no cells")
     for case in found:
         _validate(case)
     return list({case.key: case for case in found}.values())
@@ -326,7 +349,14 @@ def _validate(case: Case) -> None:
         raise ValueError(f"the hybrid {case.arch!r} is measured at level model, not {case.level}")
     blocks = [block_class(name) for name in names]
     what, number = parse_size(case.size)
-    if what == "width":
+    if what == "params":
+        if case.arch not in SCALING:
+            raise ValueError(f"no matched sizes for {case.arch!r}: give a width, as d256")
+        if number < SMALLEST_PARAMS:
+            raise ValueError(f"size {case.size}: matched sizes begin at {SMALLEST_PARAMS:,}")
+    elif number > MAX_WIDTH:
+        raise ValueError(f"size {case.size[:20]}: no width above {MAX_WIDTH}")
+    else:
         for name, block in zip(names, blocks, strict=True):
             try:
                 block.Config(width=number)
@@ -340,6 +370,11 @@ def _validate_training(case: Case) -> None:
         raise ValueError("a grid of kind loss has level model and phase train_step")
     if set(case.options) != wanted:
         raise ValueError(f"a grid of kind loss needs options {', '.join(sorted(wanted))}")
+    steps, rate = case.options["steps"], case.options["learning_rate"]
+    if not _is_whole(steps) or steps < 1:
+        raise ValueError(f"options.steps must be a whole number >= 1, got {steps!r}")
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
+        raise ValueError(f"options.learning_rate must be a number > 0, got {rate!r}")
     if case.options["corpus"] != "python-source":
         raise ValueError(unknown("corpus", str(case.options["corpus"]), ["python-source"]))
 

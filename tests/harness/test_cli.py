@@ -187,8 +187,11 @@ WRONG_USAGE = [
     (("cost", "--preset", "quick", "--length", "-4"), "got -4"),
     (("cost", "--preset", "quick", "--length", "many"), 'unable to convert "many" into int'),
     (("cost", "--preset", "quick", "--batch", "0"), "batch must be a whole number >= 1"),
-    (("cost", "--preset", "quick", "--threads", "0"), "--threads must be greater than 0"),
-    (("cost", "--preset", "quick", "--time-limit", "0"), "--time-limit must be greater than 0"),
+    (("cost", "--preset", "quick", "--threads", "0"), "threads must be 1 to"),
+    (("cost", "--preset", "quick", "--time-limit", "0"), "time limit must be above 0"),
+    (("cost", "--preset", "quick", "--time-limit", "inf"), "time limit must be above 0"),
+    (("cost", "--preset", "quick", "--level", "op", "--position", "5"), "positions are for"),
+    (("status", "sweep.toml"), "is a file: status takes a run directory"),
     (("cost", "--preset"), "--preset requires an argument"),
     (("cost", "--preste", "quick"), "Did you mean --preset"),
     (("plto",), 'Did you mean "plot"'),
@@ -249,6 +252,76 @@ def test_records_that_are_none_are_named_and_measured_again(here, tmp_path):
     assert "1 of 1 cells (1 ok)" in here("status")[1]
 
 
+def test_damaged_files_beside_the_records_are_no_obstacle(here, tmp_path):
+    one = ("cost", "sweep.toml", "--arch", "mamba2", "--length", "16")
+    assert here(*one)[0] == 0
+    run_directory = tmp_path / "runs/cost"
+    (run_directory / "records" / "folder.json").mkdir()
+    (run_directory / "folder.tmp").mkdir()
+    for text in ("{", "", "[1]", '[{"foo": 1}]', '{"stable": 1}'):
+        (run_directory / "plan.json").write_text(text)
+        (run_directory / "sessions" / "x.json").write_text(text)
+        code, out, err = here("status")
+        assert code == 0, err
+        assert "1 of 1 cells (1 ok)" in out
+        assert "plan.json: not a plan" in out
+        assert here("export", "runs/cost", "a.csv")[0] == 0
+    assert here(*one)[0] == 0
+
+
+def test_files_that_are_left_out_are_named(here, tmp_path):
+    assert (
+        here("cost", "sweep.toml", "--arch", "mamba2", "--length", "16", "--length", "24")[0] == 0
+    )
+    path = sorted((tmp_path / "runs/cost/records").iterdir())[0]
+    path.write_text("{")
+    for arguments in (("export", "runs/cost", "a.csv"), ("plot",)):
+        code, _, err = here(*arguments)
+        assert code == 0
+        assert f"left out, no record: {path.relative_to(tmp_path)}: not JSON" in err
+
+
+def test_a_broken_end_loses_nothing(here, monkeypatch):
+    calls = []
+
+    def measure(self, dtypes):
+        calls.append(dtypes)
+        if len(calls) == 2:
+            raise run.WorkerFailedError("crashed", "killed by SIGKILL", "")
+        return CEILINGS
+
+    monkeypatch.setattr(run.Launcher, "measure_ceilings", measure)
+    code, out, err = here("cost", "sweep.toml", "--arch", "mamba2", "--length", "16")
+    assert code == 0, err
+    assert len(calls) == 2
+    assert "cells.csv" in out
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [("| true", 141), (">&-", 0), ("2>&-", 0), ("<&- >&-", 0)],
+)
+def test_standard_streams_that_are_not_there(tmp_path, redirection, code):
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace("[32, 64]", "[16]"))
+    command = f"{sys.executable} -m harness cost sweep.toml --arch mamba2 {redirection}"
+    script = f"{command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs/cost/records").iterdir())) == 1
+
+
+def test_no_character_breaks_the_output(tmp_path):
+    variables = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = seqscale("list", cwd=tmp_path, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert "presets" in done.stdout
+    done = seqscale("status", "\x1b[31mred\nrun", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "\x1b" not in done.stderr
+
+
 def test_killed_at_random_moments_a_sweep_resumes_where_it_was(tmp_path):
     """The whole program, killed with its worker at any moment, then run to its end."""
     (tmp_path / "sweep.toml").write_text(SWEEP.replace("[32, 64]", "[16, 24, 32, 40]"))
@@ -299,6 +372,7 @@ def test_a_signal_ends_the_sweep_and_its_worker(tmp_path, number, code):
     sweeping.send_signal(number)
     _, err = sweeping.communicate(timeout=60)
     assert sweeping.returncode == code
+    assert f"stopped by {signal.Signals(number).name}: what is recorded stays" in err
     assert "Traceback" not in err
     assert subprocess.run(["ps", "-p", worker], capture_output=True).returncode == 1
     assert not list(tmp_path.rglob("*.tmp"))

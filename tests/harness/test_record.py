@@ -14,6 +14,7 @@ from harness.record import Case, DirectoryInUseError, Measurement, RunDirectory
 CASE = Case(
     kind="cost", arch="mamba2", level="op", phase="forward", batch=1, seq_len=256, size="d256"
 )
+TIMES = ("time_ms_p20", "time_ms_p50", "time_ms_p80")
 ENVIRONMENT = {"device": "a CPU", "cores": 2, "code_hash": "0"}
 
 
@@ -22,6 +23,7 @@ def variant(**changes):
 
 
 def ok(case=CASE, **metrics):
+    metrics = {**dict.fromkeys(TIMES, 1.0), **metrics}
     return Measurement(case=case, status="ok", environment=ENVIRONMENT, metrics=metrics)
 
 
@@ -91,6 +93,12 @@ def damage(text):
         "a field less": (json.dumps({"schema": 1, "case": document["case"]}).encode(), "status"),
         "not a number": (text.replace(b"1.0", b"NaN"), "NaN"),
         "another case": (text.replace(b"mamba2", b"rwkv7"), "not that of its case"),
+        "no case": (json.dumps({**document, "case": {}}).encode(), "not a record"),
+        "metrics of no kind": (json.dumps({**document, "metrics": [1]}).encode(), "metrics is no"),
+        "no environment": (json.dumps({**document, "environment": None}).encode(), "environment"),
+        "a word for a time": (text.replace(b"1.0", b'"fast"'), "time_ms_p20 is 'fast'"),
+        "a time below zero": (text.replace(b"1.0", b"-1.0"), "time_ms_p20 is -1.0"),
+        "a table for a number": (text.replace(b"1.0", b"{}"), "is no number"),
         "no status": (text.replace(b'"ok"', b'"fine"'), "fine"),
     }
 
@@ -184,7 +192,7 @@ def test_ten_thousand_records_are_tabulated_in_three_seconds(tmp_path):
             case=case,
             status="ok",
             environment={**ENVIRONMENT, "session": "a"},
-            metrics={"time_ms_p50": 1.0 + i % 7, "peak_bytes": i, "state_bytes": 4},
+            metrics={**dict.fromkeys(TIMES, 1.0 + i % 7), "peak_bytes": i, "state_bytes": 4},
             samples={"time_ms": [1.0 + j / 7 for j in range(20)]},
         )
         path = tmp_path / "records" / f"{case.key}-001.json"

@@ -206,6 +206,20 @@ def test_results_stand_and_faults_are_tried_again(status, limit, again):
     assert run.stands(measurement, here, Settings(time_limit_s=limit)) is not again
 
 
+def test_a_time_limit_shorter_than_the_ceilings_is_a_result(tmp_path, measured_ceilings):
+    table = cost.run([GRID], tmp_path, time_limit_s=0.001)
+    assert table["status"].tolist() == ["timeout"]
+
+
+@pytest.mark.parametrize(
+    ("sweep_", "options"), [([], {}), ([GRID], {"threads": 0}), ([GRID], {"time_limit_s": -1.0})]
+)
+def test_what_cannot_be_is_refused_in_python_too(tmp_path, sweep_, options):
+    with pytest.raises(ValueError, match=r"no cells|threads|time limit"):
+        cost.run(sweep_, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_session_records_the_ceilings_and_their_drift(tmp_path, measured_ceilings):
     table = cost.run([GRID], tmp_path)
     (path,) = (tmp_path / "sessions").glob("*.json")
@@ -228,7 +242,7 @@ def test_a_full_disk_ends_the_sweep_and_spoils_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
 
     try:
-        with pytest.raises(OSError, match="File too large.*records/"):
+        with pytest.raises(OSError, match=r"File too large.*records/"):
             cost.run(cells, tmp_path, on_start=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -70,6 +70,10 @@ def test_flags_narrow_and_replace():
         some(level=["blok"])
     with pytest.raises(ValueError, match="no phase prefill"):
         some(phase=["prefill"])
+    with pytest.raises(ValueError, match="positions are for phase decode"):
+        some(level=["op"], positions=[5])
+    with pytest.raises(ValueError, match="give positions instead"):
+        some(phase=["decode"], lengths=[5])
 
 
 def test_lists_are_every_combination():
@@ -145,6 +149,14 @@ def test_the_quick_preset_covers_what_it_promises():
         ({"archs": 3}, "archs must be a name or a list of names"),
         ({"batch": 1.5}, "batch must be a whole number"),
         ({"options": 1}, "options must be a table"),
+        ({"options": {"a": float("nan")}}, "finite numbers"),
+        ({"archs": ["mamba2*99999999999999999999"]}, "more than 4096 blocks"),
+        ({"size": "d64000000000000000000"}, "no width above"),
+        ({"size": "0M"}, "matched sizes begin at"),
+        ({"level": "model", "size": "5M", "archs": "mamba2+hyena"}, "give a width"),
+        ({"replicates": 10**9}, "replicates must be"),
+        ({"seed": 1 << 64}, "seed must be"),
+        ({"batch": 1 << 63}, "batch must be"),
         ({"lengths": [0]}, ">= 1"),
         ({"lengths": [2.5]}, ">= 1"),
         ({"batch": 0}, ">= 1"),
@@ -193,6 +205,31 @@ def test_training_grids_need_their_options():
     grid = Grid(kind="loss", level="model", phase="train_step", lengths=64, options={"steps": 1})
     with pytest.raises(ValueError, match="corpus, learning_rate, steps"):
         sweep.cells([grid])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"steps": "x"}, "steps must be"),
+        ({"learning_rate": -1}, "learning_rate must be"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"corpus": "pyton-source"}, "did you mean 'python-source'"),
+    ],
+)
+def test_training_options_are_checked(change, message):
+    options = {"steps": 1, "learning_rate": 1e-3, "corpus": "python-source", **change}
+    grid = Grid(kind="loss", level="model", phase="train_step", lengths=64, options=options)
+    with pytest.raises(ValueError, match=message):
+        sweep.cells([grid])
+
+
+def test_a_pattern_is_one_cell_however_it_is_written():
+    grid = Grid(
+        level="model", phase="prefill", lengths=64,
+        archs=["mamba2*2+hyena", " mamba2 + mamba2+hyena*1", "mamba2*1"],
+    )  # fmt: skip
+    assert [c.arch for c in sweep.cells([grid])] == ["mamba2*2+hyena", "mamba2"]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
