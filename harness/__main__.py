@@ -347,7 +347,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     warnings.showwarning = _show_warning
     try:
-        code = app(sys.argv[1:], exit_on_error=False, print_error=False)
+        code = app(sys.argv[1:], console=_console(), exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as error:
         code = _complain(str(error), 2)

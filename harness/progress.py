@@ -31,6 +31,7 @@ class SweepProgress:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.description}"),
             console=console,
+            transient=True,
             disable=not console.is_terminal,
         )
         self._seconds = _estimates(cells) if console.is_terminal else {}
