@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from harness import record, report
-from harness.record import Damaged
+from harness.record import Damaged, Measurement
 
 FORMATS = (".csv", ".parquet", ".jsonl")
 
@@ -35,7 +36,7 @@ def export(
         raise ValueError(f"{source} holds no records: run seqscale cost --out {source} first")
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".jsonl":
-        lines = sorted(record.to_json(m) for m in measurements)
+        lines = sorted(record.to_json(m) for m in _with_stability(source, measurements))
         record.write_atomically(to, "\n".join(lines) + "\n")
     elif to.suffix == ".csv":
         record.write_atomically(to, report.frame(source).to_csv(index=False))
@@ -50,3 +51,16 @@ def export(
         finally:
             temporary.unlink(missing_ok=True)
     return len(measurements)
+
+
+def _with_stability(source: Path, measurements: list[Measurement]) -> list[Measurement]:
+    """The records with what is known only from their session's end, which is not packed."""
+    if not source.is_dir():
+        return measurements
+    stable = report.stability(source)
+    return [
+        replace(
+            m, environment={**m.environment, "stable": stable.get(m.environment.get("session", ""))}
+        )
+        for m in measurements
+    ]

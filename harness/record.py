@@ -111,7 +111,7 @@ class Measurement:
 
 
 # Of the environment, what stands in a row.
-PLACES = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc")
+PLACES = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc", "stable")
 
 
 class Damaged(NamedTuple):

@@ -27,14 +27,15 @@ def frame(source: Path) -> pd.DataFrame:
     """All cells of a run directory or packed file, one row each, by menu and length.
 
     The column stable says whether the device kept its speed from start to end of the sweep that
-    measured the cell: null where the sweep did not end, or for a packed file.
+    measured the cell: null where the sweep did not end.
     """
     table = pd.DataFrame(record.rows(source))
     if table.empty:
         return table
     for metric in {*METRICS} - {*table.columns}:  # no cell reached it
         table[metric] = math.nan
-    table["stable"] = table["session"].map(_stability(source))
+    if source.is_dir():
+        table["stable"] = table["session"].map(stability(source))
     ranks = {**CHOICES, "arch": in_order(table["arch"])}
 
     def rank(column: pd.Series) -> pd.Series:
@@ -44,7 +45,7 @@ def frame(source: Path) -> pd.DataFrame:
     return table.sort_values([*order, "batch", "replicate"], key=rank, ignore_index=True)
 
 
-def _stability(source: Path) -> dict[str, bool]:
+def stability(source: Path) -> dict[str, bool]:
     """For each finished session of a run directory: did its ceilings stay where they were?"""
     found = {}
     for path in (source / "sessions").glob("*.json"):

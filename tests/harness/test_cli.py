@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from harness import __main__ as command_line
-from harness import record, run
+from harness import record, report, run
 
 SWEEP = """
 [[grid]]
@@ -78,7 +78,9 @@ def test_cost_status_export_plot(here, tmp_path):
     packed = (tmp_path / "a.jsonl").read_bytes()
     here("export", "a.jsonl", "b.jsonl")
     assert (tmp_path / "b.jsonl").read_bytes() == packed
-    assert len(record.load(tmp_path / "a.jsonl")[0]) == 4
+    loaded = report.frame(tmp_path / "a.jsonl")
+    assert loaded["key"].tolist() == table["key"].tolist()
+    assert loaded["stable"].tolist() == table["stable"].tolist() != [None] * 4
 
     code, out, err = here("plot")
     assert code == 0, err
