@@ -84,7 +84,7 @@ def measure(
         FloatingPointError: a training run diverged.
     """
     if case.kind == "loss":
-        return _loss(case)
+        return _loss(case, device)
     from harness import timing
     from harness.workload import ALLOWED_ERROR, build
 
@@ -135,13 +135,13 @@ def _checked(error: float, allowed: float) -> float:
     return error
 
 
-def _loss(case: Case) -> tuple[Metrics, Samples]:
+def _loss(case: Case, device: str) -> tuple[Metrics, Samples]:
     from harness import data, loss
     from harness.workload import build_model
 
     assert case.seq_len is not None
     corpus = data.python_source()
-    model = build_model(case, max_len=case.seq_len)
+    model = build_model(case, case.seq_len, device)
     run = loss.train(
         model,
         corpus,

@@ -82,8 +82,9 @@ def bits_per_byte(
     model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Mean cross-entropy of the next byte in bits; inputs and targets (B, T)."""
-    logits = model(inputs).logits
-    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    device = model.head.weight.device
+    logits = model(inputs.to(device)).logits
+    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
     return nats / math.log(2)
 
 

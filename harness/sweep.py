@@ -69,7 +69,8 @@ class Grid:
     tokens: int | None = None  # constant token budget: the batch is tokens / length
     batch: int | None = None  # constant batch, unless there are tokens; default 1
     size: str | Sequence[str] = "d256"
-    dtype: str | Sequence[str] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    # auto: float32 on a CPU and in training runs, else bfloat16 on a GPU
+    dtype: str | Sequence[str] = "auto"
     backend: str | Sequence[str] = "auto"
     replicates: int = 1  # each cell so many times
     seed: int = 0
@@ -89,6 +90,7 @@ class Grid:
         levels, phases, archs, sizes, dtypes = (
             self._names(name) for name in ("level", "phase", "archs", "size", "dtype")
         )
+        default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
         backends: list[Backend] = [resolve_backend(name) for name in self._names("backend")]
         return [
@@ -101,7 +103,7 @@ class Grid:
                 seq_len=None if phase == "decode" else number,
                 position=number if phase == "decode" else None,
                 size=size,
-                dtype=DEFAULT_DTYPE[device] if dtype == "auto" else dtype,
+                dtype=default_dtype if dtype == "auto" else dtype,
                 backend=backend,
                 seed=self.seed,
                 replicate=replicate,

@@ -6,7 +6,7 @@ import torch
 from harness import cost, sweep
 from harness.correctness import ALLOWED_ERROR
 from harness.record import Case
-from harness.workload import build
+from harness.workload import build, build_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +49,18 @@ def test_a_sweep_runs_on_the_gpu_by_default(tmp_path):
     assert set(table["dtype"]) == {"bfloat16"}
     assert set(table["peak_source"]) == {"cuda allocator"}
     assert (table["roofline_fraction"] < 1.05).all()
+
+
+def test_training_runs_on_the_gpu(tmp_path):
+    (grid,) = [g for g in sweep.preset("quick") if g.kind == "loss"]
+    table = cost.run([grid], tmp_path)
+    assert set(table["status"]) == {"ok"}, table[["arch", "status", "reason"]]
+    assert (table["val_loss_bits_per_byte"] < 4.5).all()
+
+
+def test_a_model_to_train_lies_on_the_gpu():
+    (case, *_) = sweep.cells([g for g in sweep.preset("quick") if g.kind == "loss"], "cuda")
+    assert {p.device.type for p in build_model(case, 256, "cuda").parameters()} == {"cuda"}
 
 
 def test_memory_that_runs_out_on_the_gpu_is_oom(tmp_path):

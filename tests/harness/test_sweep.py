@@ -102,6 +102,9 @@ def test_types_and_backends_are_resolved_when_the_cells_are_made():
     (on_cpu,), (on_gpu,) = sweep.cells([grid], "cpu"), sweep.cells([grid], "cuda")
     assert (on_cpu.dtype, on_cpu.backend) == ("float32", "torch")
     assert (on_gpu.dtype, on_gpu.backend) == ("bfloat16", "torch")
+    assert {c.dtype for c in sweep.cells(sweep.preset("quick"), "cuda") if c.kind == "loss"} == {
+        "float32"
+    }
 
 
 def test_a_sweep_is_a_preset_a_file_grids_or_cells(tmp_path):
