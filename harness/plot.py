@@ -114,7 +114,7 @@ def _growth(part: pd.DataFrame) -> Figure:
         right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
     _reference_slopes(left, part)
     left.set_ylabel("time a sequence, ms")
-    right.set_ylabel("peak memory above the inputs, MiB")
+    right.set_ylabel("peak memory of the batch, MiB")
     for axes in (left, right):
         _length_axis(axes, sorted(part["seq_len"].unique()), "sequence length T, tokens")
         axes.set_yscale("log")
@@ -175,9 +175,10 @@ def _decode(part: pd.DataFrame) -> Figure:
     for arch, mine in _by_arch(part):
         style = STYLES.get(arch, OTHER_STYLE)
         _times(left, mine, "position", arch)
-        right.plot(mine["position"], mine["state_bytes"] / 2**20, label=_name(arch), ms=5, **style)
+        state = mine["state_bytes"] / mine["batch"] / 2**20
+        right.plot(mine["position"], state, label=_name(arch), ms=5, **style)
     left.set_ylabel("time a token, ms")
-    right.set_ylabel("state, MiB")
+    right.set_ylabel("state a sequence, MiB")
     for axes in (left, right):
         _length_axis(axes, sorted(part["position"].unique()), "position, tokens already read")
         axes.set_yscale("log")

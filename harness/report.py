@@ -135,8 +135,9 @@ def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
         ]
         table.add_row(arch, "ms a token" if along == "position" else "ms a sequence", *shown)
         table.add_row("", "local exponent", *_exponent_cells(lengths, times.tolist()))
-        table.add_row("", "peak memory, MiB", *map(_mebibytes, numbers["peak_bytes"]))
-        table.add_row("", "state, MiB", *map(_mebibytes, numbers["state_bytes"]), end_section=True)
+        table.add_row("", "peak memory (batch), MiB", *map(_mebibytes, numbers["peak_bytes"]))
+        state = numbers["state_bytes"] / numbers["batch"]
+        table.add_row("", "state a sequence, MiB", *map(_mebibytes, state), end_section=True)
     return table
 
 
