@@ -224,7 +224,7 @@ def _how_timed(part: pd.DataFrame) -> str:
     """What the marks of a figure of times mean, and what disturbed them."""
     said = "Times: medians, bars from the 20th to the 80th percentile. "
     if (sources := _named(part, "peak_source")) and part["phase"].iloc[0] != "decode":
-        said += f"Peak memory: {sources}. "
+        said += f"Peak memory: {sources}, above inputs and weights. "
     said += "State: exact. "
     if _disturbed(part).any():
         said += "Hollow: other processes used the CPU meanwhile. "
