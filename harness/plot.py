@@ -223,9 +223,10 @@ def _save(
 def _how_timed(part: pd.DataFrame) -> str:
     """What the marks of a figure of times mean, and what disturbed them."""
     said = "Times: medians, bars from the 20th to the 80th percentile. "
-    if (sources := _named(part, "peak_source")) and part["phase"].iloc[0] != "decode":
+    if part["phase"].iloc[0] == "decode":
+        said += "State: exact. "
+    elif sources := _named(part, "peak_source"):
         said += f"Peak memory: {sources}, above inputs and weights. "
-    said += "State: exact. "
     if _disturbed(part).any():
         said += "Hollow: other processes used the CPU meanwhile. "
     if (part["stable"] == False).any():  # noqa: E712 (null is neither)
