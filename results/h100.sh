@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU, in one go and within ten minutes: what works here, the GPU
-# tests, the cost sweep. Run it again to resume the sweep.
+# tests, the cost sweep. Run it again to resume the sweep. Needs what `pip install .` installs.
 #
 #   sh results/h100.sh [FOLDER]     leaves doctor.txt, tests.txt, cost.jsonl, figures in FOLDER
 out=${1:-runs/h100}
