@@ -363,6 +363,8 @@ def test_a_signal_ends_the_sweep_and_its_worker(tmp_path, number, code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").rglob("sessions/*.json")):
