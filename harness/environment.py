@@ -20,6 +20,7 @@ FINGERPRINT = (
     "device", "driver", "cores", "threads", "memory_gib", "torch", "triton", "python",
 )  # fmt: skip
 
+FOREIGN_LOAD = 0.5  # of our cores that others may use before a time counts as disturbed
 # The modules of the harness that decide what is timed, and how.
 MEASURING = ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload")
 

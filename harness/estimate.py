@@ -15,8 +15,7 @@ from archs.block import Block, parameter_bytes, projection_flops, state_bytes
 from archs.model import expand_pattern
 from harness.record import Case
 from harness.sizes import shape_of
-
-VOCAB_SIZE = 256  # bytes
+from harness.workload import VOCAB_SIZE
 
 # Rate of a mixer's counted FLOPs over that of matrix products: chunked recurrences do more than is
 # counted (RWKV-7's partly in float64), FFTs are bound by memory. The rest: of a plug-in.

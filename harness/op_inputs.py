@@ -4,6 +4,7 @@ An `Op` also knows which axes of its tensors are batch rows, heads (or channels)
 `harness.correctness` can check a few heads of one row, and the end of a long sequence.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +36,7 @@ class Axes(NamedTuple):
     tokens: int | None = None
 
 
-class Op:
+class Op(ABC):
     """An architecture's operation: its inputs, the call that is timed, and its parts.
 
     Args:
@@ -52,33 +53,33 @@ class Op:
         self.dtype = dtype
         self.wide = recurrent_dtype(dtype)
 
+    @abstractmethod
     def inputs(self, B: int, T: int, randn: Randn) -> Tensors:
         """Random inputs of T tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, inputs: Tensors, backend: Backend) -> Tensor:
         """The timed call: y of all tokens, from no state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """Fold over the last `tokens`, from what `torch` reaches before them.
 
         Returns:
             The inputs of these tokens alone, as leaves that record gradients, and their y.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def token(self, B: int, position: int, randn: Randn) -> Tensors:
         """Random inputs of one token, and what the block keeps at `position` > 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
         """The call that the block's step makes: y of one token, and the next state if it has one.
 
         Raises:
             BackendUnavailableError: the block has no step of its own on this backend.
         """
-        raise NotImplementedError
 
     def extra_flops(self, T: int) -> int:
         """FLOPs of the call that the block's `mixer_flops` leaves out."""

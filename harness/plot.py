@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import record
+from harness.environment import FOREIGN_LOAD
 from harness.record import Damaged, Measurement
-from harness.report import FOREIGN_LOAD, curves, frame
+from harness.report import curves, frame
 from harness.sweep import in_order
 
 STYLES: dict[str, dict[str, Any]] = {

@@ -13,12 +13,12 @@ import pandas as pd
 from rich.table import Table
 
 from harness import record
+from harness.environment import FOREIGN_LOAD
 from harness.fit import local_exponents
 from harness.sweep import CHOICES, in_order
 
 # What tables and figures read of a cost cell.
 METRICS = ("time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes")
-FOREIGN_LOAD = 0.5  # cores that others may use before a time counts as disturbed
 # Cells that differ in one of these are never on one curve.
 CURVE = ("level", "phase", "size", "dtype", "backend", "implementation", "device")
 

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -18,7 +19,7 @@ from archs.ops import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Subject(ABC):
     """A module with the inputs that it is timed on."""
 
     module: Any
@@ -26,33 +27,33 @@ class Subject:
     following: Tensor  # (B, D), or (B,): the token after them
     target: Tensor  # what `objective` takes: a cotangent like y, or the tokens to predict
 
+    @abstractmethod
     def init_state(self, batch: int, max_len: int, device: str | None = None) -> Any:
         """An empty state with room for `max_len` tokens, on the module's device or another."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self) -> Tensor:
         """Outputs of all tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefill(self, max_len: int) -> tuple[Tensor, Any]:
         """Outputs of the inputs read into a fresh state, and that state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Outputs (B, ...) of one token, and the next state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is differentiated, and the gradient that it starts from (None: it is a scalar)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leaf(self) -> Tensor:
         """The tensor whose gradient has passed everything else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> Sequence[Block]:
         """The blocks in it."""
-        raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters."""

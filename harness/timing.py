@@ -27,6 +27,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from harness import memory, nvml
+from harness.environment import FOREIGN_LOAD
 
 # glibc's mallopt parameters (malloc.h): without them every large temporary is a fresh mapping,
 # and its page faults dominate FFTs and bend linear curves.
@@ -39,8 +40,6 @@ LONGEST_WINDOW_S = 60.0  # CUDA: slower calls get fewer than 20 samples, at leas
 EVENT_FLOOR_MS = 0.1
 BATCH_MS = 1.0
 FLUSH_FACTOR = 5  # times the size of L2
-# A window is disturbed by others' use of our cores above this many of them.
-FOREIGN_LOAD = 0.5
 MAX_RETRIES = 2
 RETRY_BELOW_S = 5.0
 # Growth of live memory up to this much over a window is noise of the C library's heap.

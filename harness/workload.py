@@ -30,6 +30,7 @@ from harness.op_inputs import OPS, Op, Randn
 from harness.record import Case
 from harness.sizes import shape_of
 from harness.subjects import BlockSubject, ModelSubject, Subject
+from harness.sweep import PHASES
 
 __all__ = ["ALLOWED_ERROR", "OPS", "Workload", "build", "build_model", "filled"]
 
@@ -65,8 +66,7 @@ def build(case: Case, device: str = "cpu") -> Workload:
     if case.implementation != "ours":
         raise NotImplementedError(f"no implementation {case.implementation!r}: there is only ours")
     levels: dict[str, Callable[..., Workload]] = {"op": _op, "block": _block, "model": _model}
-    phases = ("forward", "backward", "decode", "train_step", "prefill")
-    if case.level not in levels or case.phase not in phases[: 3 if case.level == "op" else 5]:
+    if case.phase not in PHASES.get(case.level, ()):
         raise NotImplementedError(f"level {case.level!r} has no phase {case.phase!r}")
     return levels[case.level](case, device)
 
