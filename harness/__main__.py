@@ -6,6 +6,7 @@ Verbs import what they need when they run, so that `--help` starts without PyTor
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -265,6 +266,8 @@ def _show_plan(cells: Sequence[Case], out: Path, as_json: bool) -> int:
     from harness.estimate import estimate
     from harness.record import load
 
+    if out.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(out))
     recorded = {m.case.key for m in load(out)[0]} if out.exists() else set()
     plan = [(case, estimate(case), case.key in recorded) for case in cells]
     document = [

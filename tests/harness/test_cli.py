@@ -230,6 +230,12 @@ def test_output_that_cannot_be_written_is_exit_code_5_before_the_first_cell(here
     assert re.fullmatch(r"seqscale: .*\n", err), err
 
 
+def test_a_dry_run_into_a_file_is_exit_code_5_too(here):
+    code, printed, err = here("cost", "sweep.toml", "--dry-run", "--out", "sweep.toml")
+    assert (code, printed) == (5, "")
+    assert err == "seqscale: sweep.toml: not a directory\n"
+
+
 def test_a_second_sweep_in_a_directory_is_refused_with_the_pid(here, tmp_path):
     with record.RunDirectory(tmp_path / "runs" / "cost"):
         code, _, err = here("cost", "sweep.toml")
