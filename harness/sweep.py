@@ -167,29 +167,29 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             options={"steps": 50, "learning_rate": 2e-3, "corpus": "python-source"},
         ),
     ),
-    # About an hour on a CPU: every point in three processes, so that fits have intervals.
+    # About an hour on a CPU: every point in five processes, so that fits have intervals.
     "cpu": (
         Grid(
             level="op",
             phase="forward",
             lengths=(*LENGTHS, 32768),
             tokens=32768,
-            replicates=3,
+            replicates=5,
         ),
-        Grid(level="op", phase="backward", lengths=LENGTHS, tokens=16384, replicates=3),
+        Grid(level="op", phase="backward", lengths=LENGTHS, tokens=16384, replicates=5),
         Grid(
             level="block",
             phase="train_step",
             lengths=LENGTHS[:-1],
             tokens=8192,
-            replicates=3,
+            replicates=5,
         ),
-        Grid(level="model", phase="prefill", lengths=LENGTHS[:-1], replicates=3),
+        Grid(level="model", phase="prefill", lengths=LENGTHS[:-1], replicates=5),
         Grid(
             level="model",
             phase="decode",
             positions=(256, 1024, 4096, 16384, 65536),
-            replicates=3,
+            replicates=5,
         ),
     ),
     # Some minutes on one data-centre GPU, every architecture at a size that fills it.
