@@ -8,15 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
+NVIDIA := nvidia-smi -L 2>/dev/null | grep -q ^GPU
+CUDA_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'
 
 .PHONY: demo test lint
 
 demo: $(VENV)/installed
+	@if $(NVIDIA); then echo "== NVIDIA GPU found: measuring there"; else \
+	  echo "== no NVIDIA GPU: measuring on the CPU, four minutes on two cores"; fi
 	@echo "== measuring (records go to $(OUT)/records; the same command resumes)"
 	$(BIN)/seqscale cost --preset quick --out $(OUT)
-	@echo "== drawing"
+	@echo "== fitting and drawing"
 	$(BIN)/seqscale plot $(OUT)
-	@echo "== table: $(OUT)/cells.csv   figures: $(OUT)/figures"
+	@echo "== cells: $(OUT)/cells.csv   figures: $(OUT)/figures   table: $(OUT)/figures/summary.md"
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
@@ -34,6 +38,10 @@ $(VENV)/created:
 $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 	@echo "== installing seqscale and what it needs (PyTorch is large: this can take minutes)"
 	$(INSTALL) --editable .
+	@if $(NVIDIA) && ! $(CUDA_BUILD); then \
+	  echo "== an NVIDIA GPU, and a PyTorch without CUDA: installing the CUDA build (gigabytes)"; \
+	  $(PIP) --isolated install --quiet --force-reinstall --constraint constraints.txt torch; \
+	fi
 	@touch $@
 
 # mamba-ssm is a parity partner: its PyTorch listing of SSD is used, its CUDA extension is not.

@@ -55,6 +55,7 @@ def cost(
     size: Names = None,
     dtype: Names = None,
     backend: Names = None,
+    replicates: int | None = None,
     device: str = "auto",
     threads: int | None = None,
     time_limit: float = 600.0,
@@ -91,6 +92,8 @@ def cost(
         This type instead of the sweep's: float32, bfloat16, float16, float64.
     backend
         This backend instead of the sweep's: reference, torch, triton.
+    replicates
+        Measure each cell so many times, each in its own process; from 3 on fits have intervals.
     device
         auto (an NVIDIA GPU where there is one), cpu or cuda.
     threads
@@ -130,6 +133,7 @@ def cost(
             size=size,
             dtype=dtype,
             backend=backend,
+            replicates=replicates,
         )
         cells = sweep_module.cells(grids, device)
     except FileNotFoundError:
@@ -205,23 +209,39 @@ def export(run: Path, to: Path) -> int:
 
 
 @app.command
-def plot(run: Path = Path("runs/cost"), *, out: Path | None = None) -> int:
-    """Draw the figures of a run as SVG and PNG.
+def plot(run: Path = Path("runs/cost"), *, out: Path | None = None, json: Flag = False) -> int:
+    """Say how each architecture grows and where two cross, and draw the figures as SVG and PNG.
 
     Parameters
     ----------
     run
         Run directory of seqscale cost, or a JSONL file of seqscale export.
     out
-        Folder for the figures; default: figures in the run directory, or beside the file.
+        Folder for the figures and summary.md; default: figures in the run directory, or beside the
+        file.
+    json
+        One JSON document on standard output.
     """
+    from harness import report, summary
     from harness.plot import NothingToDrawError, draw
 
     try:
-        paths = draw(run, out, _name_damaged)
+        drawn = draw(run, out, _name_damaged)
     except (NothingToDrawError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
-    print("\n".join(map(str, paths)))
+    paths = list(map(str, drawn.paths))
+    if json:
+        growth, crossovers = summary.growth(drawn.found), summary.crossovers(drawn.found)
+        documents = {"growth": growth, "crossovers": crossovers}
+        found = {name: report.documents(table) for name, table in documents.items()}
+        _print_json({"figures": paths, **found})
+        return 0
+    console = _console()
+    for table in summary.tables(drawn.found):
+        console.print(table)
+    if drawn.found:
+        console.print(summary.LEGEND, highlight=False, markup=False)
+    print("\n".join(paths))
     return 0
 
 

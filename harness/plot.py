@@ -1,37 +1,21 @@
-"""`seqscale plot`: figures of a run directory, as SVG and PNG.
+"""`seqscale plot`: figures of a run as SVG and PNG, and its summary as Markdown."""
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers differ too.
-"""
+from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from harness import record
-from harness.environment import FOREIGN_LOAD
-from harness.record import Damaged, Measurement
-from harness.report import curves, frame
-from harness.sweep import in_order
+from harness import curves, figures, record, report, summary
+from harness.curves import Comparison
+from harness.record import Damaged
 
-STYLES: dict[str, dict[str, Any]] = {
-    "transformer": {"color": "#D55E00", "marker": "o"},
-    "mamba2": {"color": "#0072B2", "marker": "s"},
-    "rwkv7": {"color": "#009E73", "marker": "^"},
-    "hyena": {"color": "#CC79A7", "marker": "D"},
-}
-OTHER_STYLE: dict[str, Any] = {"color": "#000000", "marker": "x"}
-NAMES = {"transformer": "Transformer", "mamba2": "Mamba-2", "rwkv7": "RWKV-7", "hyena": "Hyena"}
+FOOTER_WIDTH = 165  # characters of its small print across a figure
 LEVELS = {"op": "sequence operation", "block": "one block", "model": "whole model"}
 PHASES = {
     "forward": "forward",
@@ -40,28 +24,25 @@ PHASES = {
     "prefill": "prefill",
     "decode": "decoding one token",
 }
-SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "seqscale",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
 class NothingToDrawError(Exception):
     """The run directory holds no record that can be drawn; the message says what to run."""
 
 
+class Drawn(NamedTuple):
+    """What was drawn of a run, and what it says."""
+
+    paths: list[Path]  # an SVG and a PNG a figure, and summary.md
+    found: list[Comparison]
+
+
 def draw(
     source: Path,
     out: Path | None = None,
     on_damaged: Callable[[Damaged], None] = lambda damaged: None,
-) -> list[Path]:
-    """Draw every figure that the records of a run directory or packed file allow; their paths.
+) -> Drawn:
+    """Draw every figure that the records of a run directory or packed file allow.
 
     Args:
         source: run directory, or JSONL file of `seqscale export`.
@@ -75,171 +56,127 @@ def draw(
     measurements, damaged = record.load(source)
     for file in damaged:
         on_damaged(file)
-    cells = frame(source)
+    cells = report.frame(source)
     if cells.empty:
         raise NothingToDrawError(f"{source} holds no records: run seqscale cost first")
     out = out or (source if source.is_dir() else source.parent) / "figures"
-    paths: list[Path] = []
-    with plt.rc_context(SETTINGS):
-        for common, part in curves(cells[cells["status"] == "ok"]):
-            level, phase, size = common["level"], common["phase"], common["size"]
-            figure = _decode(part) if phase == "decode" else _growth(part)
-            title = (
-                f"{LEVELS[level].capitalize()}, {PHASES[phase]}: {_size(size)}, "
-                f"{common['batch']}, {common['dtype']}, backend {common['backend']}"
-            )
-            paths += _save(figure, out, _file_name(common), title, _how_timed(part), part)
-        runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
-        if runs:
-            title = "Training on real bytes, matched parameters"
-            said = "Loss of each training step, in bits, on the bytes of that step."
-            part = cells[cells["kind"] == "loss"]
-            paths += _save(_losses(runs), out, "training_loss", title, said, part)
-    if not paths:
+    found = [c for c in curves.comparisons(cells, measurements) if any(x.lengths for x in c.curves)]
+    runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
+    if not found and not runs:
         raise NothingToDrawError(f"{source} holds no finished cell to draw")
+    paths: list[Path] = []
+    with plt.rc_context(figures.SETTINGS):
+        for comparison in found:
+            paths += _draw(comparison, out)
+        if runs:
+            said = "Loss of each training step, in bits, on the bytes of that step."
+            paths += _save(
+                figures.losses(runs),
+                out / "training_loss",
+                "Training on real bytes, matched parameters",
+                f"{said}\n{_origin(cells[cells['kind'] == 'loss'])}",
+            )
+    if found:
+        record.write_atomically(out / "summary.md", summary.markdown(found))
+        paths.append(out / "summary.md")
+    return Drawn(paths, found)
+
+
+def _draw(comparison: Comparison, out: Path) -> list[Path]:
+    """The figures of one comparison."""
+    common, decoding = comparison.common, comparison.along == "position"
+    kinds: dict[str, tuple[Callable[[Comparison], Figure], str]] = {
+        "time": (figures.time, _how_timed(comparison) + _marks(comparison)),
+        "exponent": (figures.exponent, _how_sloped(comparison)),
+        "memory": (figures.memory, _how_measured(comparison)),
+    }
+    if decoding:
+        kinds = {"decode": (figures.decode, _how_timed(comparison) + " State: exact.")}
+    title = (
+        f"{LEVELS[common['level']].capitalize()}, {PHASES[common['phase']]}: "
+        f"{_size(common['size'])}, {common['batch']}, {common['dtype']}, "
+        f"backend {common['backend']}"
+    )
+    paths = []
+    for kind, (figure, said) in kinds.items():
+        name = _file_name(common) + ("" if decoding else f"_{kind}")
+        footer = f"{said}{_steadiness(comparison)}\n{_origin(comparison.part)}"
+        paths += _save(figure(comparison), out / name, title, footer)
     return paths
 
 
-def _file_name(common: dict[str, Any]) -> str:
-    """What tells one figure from the others of a run, fit for a file's name."""
+def _file_name(common: Any) -> str:
+    """What tells one comparison from the others of a run, fit for a file's name."""
     batch = common["batch"].replace("·", "").replace(",", "").replace(" = ", "")
     return "_".join([*(common[k] for k in ("level", "phase", "size", "dtype", "backend")), batch])
 
 
-def _growth(part: pd.DataFrame) -> Figure:
-    """Time a sequence and peak memory against length, with reference slopes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
-    for arch, mine in _by_arch(part):
-        style = STYLES.get(arch, OTHER_STYLE)
-        _times(left, mine, "seq_len", arch)
-        right.plot(mine["seq_len"], mine["peak_bytes"] / 2**20, ms=5, label=_name(arch), **style)
-    _reference_slopes(left, part)
-    left.set_ylabel("time a sequence, ms")
-    right.set_ylabel("peak memory of the batch, MiB")
-    for axes in (left, right):
-        _length_axis(axes, sorted(part["seq_len"].unique()), "sequence length T, tokens")
-        axes.set_yscale("log")
-        _plain_numbers(axes)
-    left.legend()
-    return figure
-
-
-def _times(axes: Axes, mine: pd.DataFrame, along: str, arch: str) -> None:
-    """Medians of the time a sequence (or token), with bars from the 20th to the 80th percentile.
-
-    Cells that others disturbed are hollow.
-    """
-    low, middle, high = (mine[f"time_ms_p{q}"] / mine["batch"] for q in (20, 50, 80))
-    style = STYLES.get(arch, OTHER_STYLE)
-    axes.errorbar(
-        mine[along],
-        middle,
-        yerr=[middle - low, high - middle],
-        label=_name(arch),
-        capsize=2,
-        ms=5,
-        **style,
-    )
-    hollow = mine["disturbed"]
-    axes.plot(mine[along][hollow], middle[hollow], ls="", ms=5, mfc="white", zorder=3, **style)
-
-
-def _reference_slopes(axes: Axes, part: pd.DataFrame) -> None:
-    """Dotted lines of slope n, n log n and n squared from below the fastest first point."""
-    lengths = np.array(sorted(part["seq_len"].unique()), dtype=float)
-    first = part[part["seq_len"] == lengths[0]]
-    start = 0.6 * float((first["time_ms_p50"] / first["batch"]).min())
-    top = 1.5 * float((part["time_ms_p80"] / part["batch"]).max())
-    laws = {
-        "n": lengths,
-        "n log n": lengths * np.log(lengths),
-        "n²": lengths**2,
-    }
-    for name, law in laws.items():
-        line = start * law / law[0]
-        inside = line <= top
-        axes.plot(lengths[inside], line[inside], color="0.55", lw=0.9, ls=":", zorder=0)
-        axes.annotate(
-            name,
-            (lengths[inside][-1], line[inside][-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color="0.4",
-            fontsize=8,
-            va="center",
-        )
-
-
-def _decode(part: pd.DataFrame) -> Figure:
-    """Time a token and state bytes against the position in the sequence."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.2))
-    for arch, mine in _by_arch(part):
-        style = STYLES.get(arch, OTHER_STYLE)
-        _times(left, mine, "position", arch)
-        state = mine["state_bytes"] / mine["batch"] / 2**20
-        right.plot(mine["position"], state, label=_name(arch), ms=5, **style)
-    left.set_ylabel("time a token, ms")
-    right.set_ylabel("state a sequence, MiB")
-    for axes in (left, right):
-        _length_axis(axes, sorted(part["position"].unique()), "position, tokens already read")
-        axes.set_yscale("log")
-        _plain_numbers(axes)
-    left.legend()
-    return figure
-
-
-def _losses(runs: list[Measurement]) -> Figure:
-    """The training loss of every step."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    order = in_order(run.case.arch for run in runs)
-    for run in sorted(runs, key=lambda run: order.index(run.case.arch)):
-        losses = run.samples["train_loss_bits_per_byte"]
-        style = STYLES.get(run.case.arch, OTHER_STYLE)
-        params = float(run.metrics["params"] or 0) / 1e6
-        label = f"{_name(run.case.arch)}, {params:.3f} M parameters"
-        axes.plot(range(1, 1 + len(losses)), losses, label=label, markevery=10, ms=5, **style)
-    case = runs[0].case
-    axes.set_xlabel(f"training step ({case.batch} sequences of {case.seq_len} bytes each)")
-    axes.set_ylabel("training loss, bits a byte")
-    axes.legend()
-    return figure
-
-
-def _save(
-    figure: Figure, out: Path, name: str, title: str, said: str, part: pd.DataFrame
-) -> list[Path]:
-    """Title, footer and both file types; the SVG is the same for the same records."""
-    figure.suptitle(title, fontsize=10)
-    footer = f"{said}\n{_origin(part)}"
-    figure.text(0.01, 0.005, footer, fontsize=6, color="0.35", va="bottom")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.{kind}" for kind in ("svg", "png")]
+def _save(figure: Figure, path: Path, title: str, footer: str) -> list[Path]:
+    """Both file types of a figure; the SVG is the same for the same records."""
+    arrange(figure, title, footer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None})
-    figure.savefig(paths[1], dpi=150)
+    figure.savefig(paths[1], dpi=200)
     plt.close(figure)
     return paths
 
 
-def _how_timed(part: pd.DataFrame) -> str:
-    """What the marks of a figure of times mean, and what disturbed them."""
-    said = "Times: medians, bars from the 20th to the 80th percentile. "
-    if part["phase"].iloc[0] == "decode":
-        said += "State: exact. "
-    elif sources := _named(part, "peak_source"):
-        said += f"Peak memory: {sources}, above inputs and weights. "
-    if _disturbed(part).any():
-        said += "Hollow: other processes used the CPU meanwhile. "
-    if (part["stable"] == False).any():  # noqa: E712 (null is neither)
-        said += "The device's speed changed by more than 2 % during the sweep."
+def arrange(figure: Figure, title: str, footer: str) -> None:
+    """Put the title above the legend of a figure, its panels below, and the footer under them."""
+    lines = [part for line in footer.split("\n") for part in textwrap.wrap(line, FOOTER_WIDTH)]
+    bottom = 0.02 + 0.026 * len(lines)
+    figure.text(0.5, 0.975, title, fontsize=8.5, ha="center", va="center")
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=5.5, color="0.35", va="bottom")
+    (legend,) = figure.legends
+    top = legend.get_window_extent().y0 / figure.bbox.height - 0.01
+    figure.set_layout_engine("constrained", rect=(0, bottom, 1, top - bottom))
+
+
+def _how_timed(comparison: Comparison) -> str:
+    """What the points and bars of a figure of times are."""
+    processes = _processes(comparison)
+    said = "Times: medians, bars from the 20th to the 80th percentile."
+    if processes != "1":
+        said = (
+            f"Times: geometric mean of the medians of {processes} processes, bars from the fastest "
+            "to the slowest."
+        )
+    disturbed = any(curve.cells["disturbed"].any() for curve in comparison.curves)
+    return said + (" Hollow: other processes used the CPU meanwhile." if disturbed else "")
+
+
+def _marks(comparison: Comparison) -> str:
+    """What else a figure of times shows."""
+    said = ""
+    if any(curve.fits for curve in comparison.curves):
+        said += " Broad: least-squares tail."
+    if any(where.verdict == "in range" for _, _, where in comparison.crossovers()):
+        said += " Rings: crossovers."
     return said
 
 
-def _disturbed(part: pd.DataFrame) -> pd.Series:
-    """Which cells others disturbed."""
-    if "foreign_load" not in part:
-        return pd.Series(data=False, index=part.index)
-    return part["foreign_load"] > FOREIGN_LOAD
+def _how_sloped(comparison: Comparison) -> str:
+    said = "Slope of log time over log length between neighbours. Broad: that of the count."
+    if any(curve.judged for curve in comparison.curves):
+        said += f" Bars: 95 %, over {_processes(comparison)} processes."
+    return said
+
+
+def _how_measured(comparison: Comparison) -> str:
+    sources = _named(comparison.part, "peak_source")
+    said = f"Peak memory: {sources}, above inputs and weights. " if sources else ""
+    return said + "State: exact."
+
+
+def _steadiness(comparison: Comparison) -> str:
+    unsteady = (comparison.part["stable"] == False).any()  # noqa: E712 (null is neither)
+    return " The device's speed changed by more than 2 % during the sweep." if unsteady else ""
+
+
+def _processes(comparison: Comparison) -> str:
+    counts = {len(times) for curve in comparison.curves for times in curve.ms}
+    return " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
 
 
 def _origin(part: pd.DataFrame) -> str:
@@ -263,36 +200,5 @@ def _named(part: pd.DataFrame, column: str) -> str:
     return ", ".join(sorted(set(values.astype(str))))
 
 
-def _by_arch(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Each architecture's cells by length or position; replicates as their median."""
-    along = "position" if cells["position"].notna().any() else "seq_len"
-    shown = ["batch", "time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes"]
-    cells = cells.assign(disturbed=_disturbed(cells))
-    found = []
-    for arch in in_order(cells["arch"]):
-        groups = cells[cells["arch"] == arch].groupby(along)
-        mine = groups[shown].median().astype(float).reset_index()
-        found.append((arch, mine.assign(disturbed=groups["disturbed"].any().to_numpy())))
-    return found
-
-
-def _name(arch: str) -> str:
-    return NAMES.get(arch, arch)
-
-
 def _size(size: str) -> str:
     return f"width {size[1:]}" if size.startswith("d") else f"{size} parameters"
-
-
-def _length_axis(axes: Axes, lengths: list[Any], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{int(n):,}" for n in lengths], rotation=30, ha="right")
-    axes.minorticks_off()
-    axes.set_xlabel(label)
-
-
-def _plain_numbers(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 of each decade, without powers of ten."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -67,7 +67,7 @@ def notes(table: pd.DataFrame) -> list[str]:
     for status, part in table[table["status"] != "ok"].groupby("status"):
         reason = str(part["reason"].iloc[0])
         said.append(f"{len(part)} {status}: {reason}" + (" (the first)" if len(part) > 1 else ""))
-    if "foreign_load" in table and (count := int((table["foreign_load"] > FOREIGN_LOAD).sum())):
+    if count := int(disturbed(table).sum()):
         said.append(f"{_cells(count)} timed while other processes used the CPU (foreign_load)")
     if count := int((table["stable"] == False).sum()):  # noqa: E712 (null is neither)
         said.append(
@@ -79,6 +79,13 @@ def notes(table: pd.DataFrame) -> list[str]:
 
 def _cells(count: int) -> str:
     return "1 cell was" if count == 1 else f"{count} cells were"
+
+
+def disturbed(cells: pd.DataFrame) -> pd.Series:
+    """Which cells others disturbed."""
+    if "foreign_load" not in cells:
+        return pd.Series(data=False, index=cells.index)
+    return cells["foreign_load"] > FOREIGN_LOAD
 
 
 def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -146,7 +153,8 @@ def _exponent_cells(lengths: Sequence[float], times: Sequence[float]) -> list[st
     for i in range(1, len(lengths)):
         pair = times[i - 1 : i + 1]
         known = all(math.isfinite(t) for t in pair)
-        cells.append(f"{local_exponents(lengths[i - 1 : i + 1], pair)[0]:.2f}" if known else "-")
+        slope = local_exponents(lengths[i - 1 : i + 1], pair)[0].value if known else math.nan
+        cells.append(f"{slope:.2f}" if known else "-")
     return cells
 
 

@@ -152,10 +152,10 @@ class Grid:
 
 
 PRESETS: dict[str, tuple[Grid, ...]] = {
-    # A few minutes on two cores: the shape of every curve.
+    # Under four minutes on two cores: the shape of every curve, intervals for the operations.
     "quick": (
-        Grid(level="op", phase="forward", lengths=LENGTHS),
-        Grid(level="block", phase="train_step", lengths=(256, 512, 1024, 2048, 4096)),
+        Grid(level="op", phase="forward", lengths=LENGTHS, replicates=3),
+        Grid(level="block", phase="train_step", lengths=LENGTHS[:4]),
         Grid(level="model", phase="decode", positions=(256, 1024, 4096, 16384)),
         Grid(
             kind="loss",
@@ -164,7 +164,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=256,
             batch=8,
             size="1M",
-            options={"steps": 50, "learning_rate": 2e-3, "corpus": "python-source"},
+            options={"steps": 30, "learning_rate": 2e-3, "corpus": "python-source"},
         ),
     ),
     # About an hour on a CPU: every point in five processes, so that fits have intervals.

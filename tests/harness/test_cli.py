@@ -114,7 +114,8 @@ def test_a_dry_run_estimates_and_measures_nothing(here, tmp_path):
     assert code == 0, err
     assert "transformer op forward T=256" in out
     assert re.search(
-        r"68 of 68 cells to measure: roughly [\d.]+ min on a two-core CPU and up to [\d,]+ MiB", out
+        r"120 of 120 cells to measure: roughly [\d.]+ min on a two-core CPU and up to [\d,]+ MiB",
+        out,
     )
     document = json.loads(here("cost", "sweep.toml", "--dry-run", "--json")[1])
     assert len(document["cells"]) == 4

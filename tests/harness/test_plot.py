@@ -1,132 +1,196 @@
+import itertools
+import re
+
+import matplotlib.pyplot as plt
 import pytest
 
-from harness import plot
+from harness import curves, figures, plot
 from harness.record import Case, Measurement, RunDirectory
+from runs import ENVIRONMENT, write_curve
 
-ENVIRONMENT = {
-    "device": "a CPU",
-    "threads": 2,
-    "torch": "2",
-    "python": "3",
-    "commit": "abcdef0123456",
-}
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
+LAWS = {
+    "transformer": lambda n: 1e-6 * n**2,
+    "mamba2": lambda n: 0.002 * n,
+    "rwkv7": lambda n: 0.005 * n,
+    "hyena": lambda n: 0.0003 * n,
+}
+GROWTH = ["time", "exponent", "memory"]
 
 
-def fill(out, statuses=("ok",)):
-    """A small run directory with one figure of each kind."""
-    directory = RunDirectory(out)
-    for i, arch in enumerate(ARCHS):
-        for j, n in enumerate((256, 1024, 4096)):
-            for level, phase in (("op", "forward"), ("model", "decode")):
-                place = (None, n) if phase == "decode" else (n, None)
-                time = (i + 1) * n / 1e3
-                status = statuses[j % len(statuses)]
-                metrics = {
-                    "time_ms_p20": 0.9 * time,
-                    "time_ms_p50": time,
-                    "time_ms_p80": 1.2 * time,
-                    "peak_bytes": n * 1024,
-                    "state_bytes": 2**20,
-                }
-                case = Case(
-                    kind="cost",
-                    arch=arch,
-                    level=level,
-                    phase=phase,
-                    batch=1,
-                    seq_len=place[0],
-                    position=place[1],
-                    size="d256",
-                )
-                directory.write(
-                    Measurement(
-                        case=case,
-                        status=status,
-                        environment=ENVIRONMENT,
-                        metrics=metrics if status == "ok" else {},
-                    ),
-                )
-        case = Case(
-            kind="loss",
-            arch=arch,
-            level="model",
-            phase="train_step",
-            batch=8,
-            seq_len=64,
-            size="1M",
-        )
-        directory.write(
-            Measurement(
-                case=case,
-                status="ok",
-                environment=ENVIRONMENT,
-                metrics={"params": 1_000_000 + i},
-                samples={"train_loss_bits_per_byte": [8.0, 7.0, 6.5 - i]},
-            ),
-        )
-    directory.close()
+def fill(out, **options):
+    """A run directory with a figure of each kind."""
+    for arch in ARCHS:
+        write_curve(out, arch, LAWS[arch], **options)
+        write_curve(out, arch, LAWS[arch], level="model", phase="decode", **options)
+    with RunDirectory(out) as directory:
+        for i, arch in enumerate(ARCHS):
+            case = Case(
+                kind="loss",
+                arch=arch,
+                level="model",
+                phase="train_step",
+                batch=8,
+                seq_len=64,
+                size="1M",
+            )
+            directory.write(
+                Measurement(
+                    case=case,
+                    status="ok",
+                    environment=ENVIRONMENT,
+                    metrics={"params": 1_000_000 + i},
+                    samples={"train_loss_bits_per_byte": [8.0, 7.0, 6.5 - i]},
+                ),
+            )
 
 
-def test_every_figure_is_drawn_with_its_words(tmp_path):
-    fill(tmp_path)
-    paths = plot.draw(tmp_path)
-    assert [p.name for p in paths if p.suffix == ".svg"] == [
-        "op_forward_d256_float32_torch_B1.svg",
-        "model_decode_d256_float32_torch_B1.svg",
-        "training_loss.svg",
-    ]
-    assert all(p.stat().st_size > 10_000 for p in paths if p.suffix == ".png")
-    for path in paths:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    fill(out)
+    return {path.name: path for path in plot.draw(out).paths}
+
+
+def text_of(svg):
+    return re.sub(r"\s+", " ", " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text())))
+
+
+def test_there_is_a_figure_of_each_kind_as_svg_and_png(drawn):
+    names = [f"op_forward_d256_float32_torch_B1_{kind}" for kind in GROWTH]
+    names += ["model_decode_d256_float32_torch_B1", "training_loss"]
+    files = [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
+    assert list(drawn) == [*files, "summary.md"]
+    assert all(p.stat().st_size > 10_000 for p in drawn.values() if p.suffix == ".png")
+
+
+def test_every_figure_names_architectures_device_versions_and_commit(drawn):
+    for path in drawn.values():
         if path.suffix == ".svg":
-            text = path.read_text()
-            for word in ("Transformer", "Mamba-2", "RWKV-7", "Hyena", "a CPU", "commit abcdef0123"):
+            text = text_of(path)
+            for word in ("Transformer", "Mamba-2", "RWKV-7", "Hyena"):
                 assert word in text, (path.name, word)
-    growth = (tmp_path / "figures" / "op_forward_d256_float32_torch_B1.svg").read_text()
-    for word in ("n log n", "n²", "4,096", "time a sequence, ms", "medians"):
-        assert word in growth
+            assert "a CPU, 2 threads · torch 2 · Python 3 · commit abcdef0123" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "op_forward_d256_float32_torch_B1_time",
+            [
+                *("n log n", "n²", "4,096", "time a sequence, ms", "time a token, µs"),
+                *("sequence length T, tokens", "Transformer: tail 2.0", "of 3 processes", "Rings"),
+            ],
+        ),
+        ("op_forward_d256_float32_torch_B1_exponent", ["local exponent", "counted FLOPs", "95 %"]),
+        ("op_forward_d256_float32_torch_B1_memory", ["peak memory of the batch, MiB"]),
+        (
+            "model_decode_d256_float32_torch_B1",
+            ["time a token, ms", "state a sequence, MiB", "position, tokens already read"],
+        ),
+        ("training_loss", ["training loss, bits a byte", "1.000 M parameters"]),
+    ],
+)
+def test_axes_have_units_and_marks_are_explained(drawn, name, words):
+    text = text_of(drawn[f"{name}.svg"])
+    assert [word for word in words if word not in text] == []
+
+
+def test_crossovers_are_marked_with_their_length(drawn):
+    text = text_of(drawn["op_forward_d256_float32_torch_B1_time.svg"]).replace(",", "")
+    near = [n for n in map(int, re.findall(r"\d+", text)) if 1900 < n < 2040]
+    assert len(near) == 1  # the Transformer and Mamba-2 cross at 2,000
+
+
+def test_the_summary_is_beside_the_figures(drawn):
+    assert "| Transformer | n² | n² | 2.0" in drawn["summary.md"].read_text()
 
 
 def test_the_svg_is_the_same_for_the_same_records(tmp_path):
-    fill(tmp_path)
-    first = {p: p.read_bytes() for p in plot.draw(tmp_path) if p.suffix == ".svg"}
-    second = {p: p.read_bytes() for p in plot.draw(tmp_path) if p.suffix == ".svg"}
+    fill(tmp_path, processes=1)
+    first = {p: p.read_bytes() for p in plot.draw(tmp_path).paths if p.suffix != ".png"}
+    second = {p: p.read_bytes() for p in plot.draw(tmp_path).paths if p.suffix != ".png"}
     assert first == second
 
 
-def test_failed_cells_do_not_stop_a_figure(tmp_path):
-    fill(tmp_path, statuses=("ok", "ok", "oom"))
-    assert len(plot.draw(tmp_path)) == 6
+def test_a_length_without_a_value_is_drawn_where_the_curve_ends(tmp_path):
+    fill(tmp_path, processes=1, failed={16384: "oom", 8192: "timeout"})
+    text = text_of(plot.draw(tmp_path).paths[0])
+    for name in ("Transformer", "Mamba-2", "RWKV-7", "Hyena"):
+        assert f"{name}: timeout" in text
+    assert "16,384" in text  # it stands on the axis all the same
+
+
+def test_no_words_overlap(tmp_path):
+    fill(tmp_path)
+    with plt.rc_context(figures.SETTINGS):
+        for comparison in curves.load(tmp_path):
+            for kind in (figures.time, figures.exponent, figures.memory, figures.decode):
+                if (kind is figures.decode) != (comparison.along == "position"):
+                    continue
+                figure = kind(comparison)
+                plot.arrange(figure, "A title", "A line.\nAnother.")
+                figure.canvas.draw()
+                axes = [a.get_tightbbox() for a in figure.axes]
+                parts = [*axes, *(t.get_window_extent() for t in figure.texts)]
+                parts += [legend.get_window_extent() for legend in figure.legends]
+                for one, other in itertools.combinations(parts, 2):
+                    assert not one.padded(-1).overlaps(other), (kind.__name__, one, other)
+                for part in parts:
+                    assert part.x0 >= -1
+                    assert part.x1 <= figure.bbox.x1 + 1
+                plt.close(figure)
+
+
+def test_blocks_from_elsewhere_differ_from_each_other_too(tmp_path):
+    for arch in ("transformer", "mine", "yours"):
+        write_curve(tmp_path, arch, LAWS["mamba2"], processes=1)
+    (comparison,) = curves.load(tmp_path)
+    figure = figures.time(comparison)
+    lines = [bars.lines[0] for bars in figure.axes[0].containers]
+    looks = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(looks) == 3
+    plt.close(figure)
+
+
+def test_disturbed_cells_are_hollow(tmp_path):
+    write_curve(tmp_path, "mamba2", LAWS["mamba2"], processes=1)
+    path = sorted((tmp_path / "records").glob("*.json"))[0]
+    path.write_text(path.read_text().replace('"foreign_load": 0.0', '"foreign_load": 0.9'))
+    (comparison,) = curves.load(tmp_path)
+    assert comparison.curves[0].cells["disturbed"].sum() == 1
+    figure = figures.time(comparison)
+    hollow = [x for x in figure.axes[0].lines if x.get_markerfacecolor() == "white"]
+    assert [len(line.get_xdata()) for line in hollow] == [1]
+    plt.close(figure)
+    assert "Hollow" in text_of(plot.draw(tmp_path).paths[0])
 
 
 def test_a_run_without_a_finished_cell_says_so(tmp_path):
-    case = Case(
-        kind="cost", arch="hyena", level="op", phase="forward", batch=1, seq_len=8, size="d64"
-    )
-    with RunDirectory(tmp_path) as directory:
-        directory.write(Measurement(case=case, status="oom", environment=ENVIRONMENT))
+    write_curve(tmp_path, "hyena", LAWS["hyena"], lengths=(8,), failed={8: "oom"})
     with pytest.raises(plot.NothingToDrawError, match="no finished cell"):
         plot.draw(tmp_path)
 
 
-def test_a_token_budget_is_one_figure_and_two_batches_are_two(tmp_path):
-    def drawn(out, batches):
-        with RunDirectory(out) as directory:
-            for seq_len, batch in batches:
-                case = Case(kind="cost", arch="hyena", level="op", phase="forward", batch=batch,
-                            seq_len=seq_len, size="d64")  # fmt: skip
-                times = dict.fromkeys(("time_ms_p20", "time_ms_p50", "time_ms_p80"), 2.0 * batch)
-                metrics = {**times, "peak_bytes": 1, "state_bytes": 1}
-                directory.write(
-                    Measurement(case=case, status="ok", environment=ENVIRONMENT, metrics=metrics)
-                )
-        return [p.stem for p in plot.draw(out) if p.suffix == ".svg"]
+def test_a_token_budget_is_one_set_of_axes_and_two_batches_are_two(tmp_path):
+    def names(out):
+        paths = plot.draw(out).paths
+        return [p.stem for p in paths if p.stem.endswith("_time") and p.suffix == ".svg"]
 
-    assert drawn(tmp_path / "a", [(8, 4), (16, 2), (32, 1)]) == [
-        "op_forward_d64_float32_torch_BT32"
+    write_curve(tmp_path / "a", "hyena", LAWS["hyena"], lengths=(8, 16, 32), tokens=32)
+    assert names(tmp_path / "a") == ["op_forward_d256_float32_torch_BT32_time"]
+    for batch in (1, 4):
+        write_curve(tmp_path / "b", "hyena", LAWS["hyena"], lengths=(8, 16), batch=batch)
+    assert names(tmp_path / "b") == [
+        "op_forward_d256_float32_torch_B1_time",
+        "op_forward_d256_float32_torch_B4_time",
     ]
-    assert drawn(tmp_path / "b", [(8, 4), (16, 4), (8, 1), (16, 1)]) == [
-        "op_forward_d64_float32_torch_B1", "op_forward_d64_float32_torch_B4"]  # fmt: skip
+
+
+def test_one_length_is_drawn_too(tmp_path):
+    write_curve(tmp_path, "hyena", LAWS["hyena"], lengths=(64,), processes=1)
+    assert len(plot.draw(tmp_path).paths) == 7
 
 
 def test_nothing_to_draw_says_what_to_run(tmp_path):

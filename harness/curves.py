@@ -1,0 +1,171 @@
+"""The curves of a run: what each architecture was measured to take, by length or position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness import fit, record, report
+from harness.laws import FEWEST, Array
+from harness.points import Points
+from harness.sweep import in_order
+
+JUDGED = 3  # processes from which on noise is known well enough for intervals and departures
+# Columns of `Curve.cells` and the metrics behind them.
+PER_SEQUENCE = {
+    "flops": "work_flops",
+    "bytes": "floor_bytes",
+    "peak": "peak_bytes",
+    "state": "state_bytes",
+    "low": "time_ms_p20",
+    "high": "time_ms_p80",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One architecture on one set of axes; every list goes by length (decode: by position).
+
+    Attributes:
+        arch: its name.
+        lengths: those that were measured.
+        ms: time of a sequence (decode: of a token): a list of samples for each process.
+        cells: by length, of a sequence: flops, bytes (the least that must be moved), peak and state
+            in bytes; low and high: the 20th and 80th percentile of one process's samples, or the
+            medians of the fastest and slowest process; disturbed: whether others used the CPU.
+        censored: lengths without a time, and why: "oom", "timeout" …
+        decides: "flops", or for decode "bytes": what is counted against the time.
+    """
+
+    arch: str
+    lengths: list[float]
+    ms: list[list[list[float]]]
+    cells: pd.DataFrame
+    censored: list[tuple[float, str]]
+    decides: str
+
+    @cached_property
+    def points(self) -> Points:
+        """The times in log space."""
+        return Points(self.lengths, self.ms, fewest=1)
+
+    @property
+    def times(self) -> Array:
+        """Milliseconds of a sequence (decode: of a token)."""
+        return np.exp(self.points.centre)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there are lengths enough for a fit."""
+        return len(self.lengths) >= FEWEST
+
+    @property
+    def judged(self) -> bool:
+        """Whether processes enough measured every length."""
+        return self.points.processes >= JUDGED
+
+    @property
+    def counted(self) -> list[float]:
+        """What should decide the time; empty where it is unknown."""
+        values = self.cells[self.decides]
+        return values.tolist() if (values > 0).all() else []
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The curves that belong on one set of axes.
+
+    Attributes:
+        common: what they have in common: `harness.report.CURVE`, and batch.
+        along: "seq_len" or "position".
+        curves: one an architecture that was measured, by menu.
+        part: the rows of `harness.report.frame` behind them.
+    """
+
+    common: Mapping[str, Any]
+    along: str
+    curves: list[Curve]
+    part: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """One line."""
+        return "{level} {phase}, {size}, {batch}, {dtype}, {backend}".format(**self.common)
+
+    @property
+    def lengths(self) -> list[float]:
+        """Every length of a curve, measured or not."""
+        found = {n for curve in self.curves for n in curve.lengths}
+        return sorted(found | {n for curve in self.curves for n, _ in curve.censored})
+
+    def crossovers(self) -> Iterator[tuple[Curve, Curve, fit.Crossover]]:
+        """Every two architectures with enough common lengths, and where they cross."""
+        for a, b in combinations(self.curves, 2):
+            lengths = [n for n in a.lengths if n in b.lengths]
+            if len(lengths) >= FEWEST:
+                first, second = ([c.ms[c.lengths.index(n)] for n in lengths] for c in (a, b))
+                yield a, b, fit.crossover(lengths, first, second)
+
+
+def load(source: Path) -> list[Comparison]:
+    """The comparisons of a run directory or packed file.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    return comparisons(report.frame(source), record.load(source)[0])
+
+
+def comparisons(
+    cells: pd.DataFrame, measurements: Sequence[record.Measurement]
+) -> list[Comparison]:
+    """The comparisons of `harness.report.frame`, with the samples of the measurements behind it."""
+    if cells.empty:
+        return []
+    samples = {m.case.key: m.samples.get("time_ms", []) for m in measurements}
+    found = []
+    for common, part in report.curves(cells):
+        along = "position" if common["phase"] == "decode" else "seq_len"
+        curves = [
+            _curve(arch, part[part["arch"] == arch], along, samples)
+            for arch in in_order(part["arch"])
+        ]
+        found.append(Comparison(common, along, curves, part))
+    return found
+
+
+def _curve(arch: str, mine: pd.DataFrame, along: str, samples: Mapping[str, list[float]]) -> Curve:
+    lengths, ms, rows = [], [], []
+    for length, cells in mine[mine["status"] == "ok"].groupby(along):
+        batch = int(cells["batch"].iloc[0])
+        times = [
+            [value / batch for value in samples[key] or [median]]
+            for key, median in zip(cells["key"], cells["time_ms_p50"], strict=True)
+        ]
+        row = {
+            name: float(cells[metric].median()) / batch if metric in cells else np.nan
+            for name, metric in PER_SEQUENCE.items()
+        }
+        if len(times) > 1:
+            medians = [float(np.median(of_process)) for of_process in times]
+            row.update(low=min(medians), high=max(medians))
+        lengths.append(float(str(length)))
+        ms.append(times)
+        rows.append({**row, "disturbed": bool(report.disturbed(cells).any())})
+    failed = mine[(mine["status"] != "ok") & ~mine[along].isin(lengths)]
+    censored = failed.groupby(along)["status"].first()
+    return Curve(
+        arch,
+        lengths,
+        ms,
+        pd.DataFrame(rows, columns=pd.Index([*PER_SEQUENCE, "disturbed"])),
+        [(float(str(length)), str(status)) for length, status in censored.items()],
+        "bytes" if along == "position" else "flops",
+    )

@@ -1,0 +1,305 @@
+"""The figures of a comparison: what each draws on its axes.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes differ
+too. Everything fits 6.9 inches, the text width of a two-column page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+
+from harness import fit
+from harness.curves import Comparison, Curve
+from harness.points import TAIL
+from harness.record import Measurement
+from harness.summary import NAMES
+from harness.sweep import in_order
+
+WIDTH = 6.9  # inches
+LEGEND_TOP = 0.96  # of the figure's height: the title is above
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "seqscale",
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,
+    "lines.markersize": 4.5,
+    "lines.linewidth": 1.2,
+}
+STYLES: dict[str, dict[str, Any]] = {
+    "transformer": {"color": "#D55E00", "marker": "o", "ls": "-"},
+    "mamba2": {"color": "#0072B2", "marker": "s", "ls": "--"},
+    "rwkv7": {"color": "#009E73", "marker": "^", "ls": "-."},
+    "hyena": {"color": "#CC79A7", "marker": "D", "ls": (0, (5, 1, 1, 1, 1, 1))},
+}
+OTHER_STYLES: list[dict[str, Any]] = [
+    {"color": "#000000", "marker": "v", "ls": (0, (8, 2))},
+    {"color": "#56B4E9", "marker": "P", "ls": (0, (3, 1))},
+    {"color": "#E69F00", "marker": "X", "ls": (0, (1, 1))},
+    {"color": "#666666", "marker": "*", "ls": (0, (6, 1, 1, 1))},
+]
+MIB = 2**20
+
+
+def time(comparison: Comparison) -> Figure:
+    """Time a sequence with tails, reference slopes and crossovers; time a token."""
+    figure, (left, right) = _panels(2)
+    for curve, style in _styled(comparison):
+        _points(left, curve, style, curve.times, _tail_label(curve))
+        _points(right, curve, style, 1e3 * curve.times / np.array(curve.lengths))
+        if curve.fits:
+            _tail_line(left, curve, style)
+    _reference_slopes(left, comparison)
+    _crossings(left, comparison)
+    left.set_ylabel("time a sequence, ms")
+    right.set_ylabel("time a token, µs")
+    for axes in (left, right):
+        _finish(axes, comparison)
+    _legend(figure, left)
+    return figure
+
+
+def exponent(comparison: Comparison) -> Figure:
+    """The local exponent of the time between neighbouring lengths, and that of the count."""
+    figure, (axes,) = _panels(1)
+    drawn = [(curve, style) for curve, style in _styled(comparison) if len(curve.lengths) > 1]
+    for i, (curve, style) in enumerate(drawn):
+        slopes = fit.local_exponents(curve.lengths, curve.ms)
+        # Side by side, so that no bar hides another.
+        aside = 2 ** (0.08 * (i - (len(drawn) - 1) / 2))
+        middles = [aside * (e.first * e.last) ** 0.5 for e in slopes]
+        values = np.array([e.value for e in slopes])
+        bars = None
+        if curve.judged:
+            bars = [[e.value - (e.low or e.value) for e in slopes]] * 2
+        axes.errorbar(
+            middles, values, yerr=bars, label=_name(curve), capsize=2, elinewidth=0.8, **style
+        )
+        if curve.counted:
+            counted = fit.local_exponents(curve.lengths, curve.counted)
+            law = [e.value for e in counted]
+            axes.plot(middles, law, color=style["color"], lw=3, alpha=0.25, zorder=1)
+    axes.plot([], [], color="0.5", lw=3, alpha=0.4, label=f"counted {_decides(comparison)}")
+    axes.yaxis.set_major_locator(MultipleLocator(0.5))
+    axes.set_ylabel("local exponent of the time")
+    _length_axis(axes, comparison)
+    _legend(figure, axes)
+    return figure
+
+
+def memory(comparison: Comparison) -> Figure:
+    """Peak memory of the batch, and state bytes of a sequence."""
+    figure, (left, right) = _panels(2)
+    for curve, style in _styled(comparison):
+        batches = comparison.part.groupby(comparison.along)["batch"].first()
+        batch = np.array([float(batches[n]) for n in curve.lengths])
+        left.plot(curve.lengths, curve.cells["peak"] * batch / MIB, label=_name(curve), **style)
+        right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
+    left.set_ylabel("peak memory of the batch, MiB")
+    right.set_ylabel("state a sequence, MiB")
+    for axes in (left, right):
+        _finish(axes, comparison)
+    _legend(figure, left)
+    return figure
+
+
+def decode(comparison: Comparison) -> Figure:
+    """Time a token and state bytes against the position in the sequence."""
+    figure, (left, right) = _panels(2)
+    for curve, style in _styled(comparison):
+        _points(left, curve, style, curve.times, _name(curve))
+        right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
+    left.set_ylabel("time a token, ms")
+    right.set_ylabel("state a sequence, MiB")
+    for axes in (left, right):
+        _finish(axes, comparison)
+    _legend(figure, left)
+    return figure
+
+
+def losses(runs: Sequence[Measurement]) -> Figure:
+    """The training loss of every step."""
+    figure, (axes,) = _panels(1)
+    order = in_order(run.case.arch for run in runs)
+    styles = _styles(order)
+    for run in sorted(runs, key=lambda run: order.index(run.case.arch)):
+        values = run.samples["train_loss_bits_per_byte"]
+        params = float(run.metrics["params"] or 0) / 1e6
+        label = f"{NAMES.get(run.case.arch, run.case.arch)}, {params:.3f} M parameters"
+        steps = range(1, 1 + len(values))
+        axes.plot(steps, values, label=label, markevery=10, **styles[run.case.arch])
+    case = runs[0].case
+    axes.set_xlabel(f"training step ({case.batch} sequences of {case.seq_len} bytes each)")
+    axes.set_ylabel("training loss, bits a byte")
+    _legend(figure, axes)
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with room above for title and legend and below for a footer."""
+    figure, axes = plt.subplots(1, count, figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, above them, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("counted"))
+    columns = 5 if max(map(len, labels)) < 16 else 2
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="upper center",
+        bbox_to_anchor=(0.5, LEGEND_TOP),
+        ncols=columns,
+    )
+
+
+def _name(curve: Curve) -> str:
+    return NAMES.get(curve.arch, curve.arch)
+
+
+def _tail_label(curve: Curve) -> str:
+    """The name with the tail exponent, and its interval where it is known."""
+    if not curve.fits:
+        return _name(curve)
+    tail = fit.tail_exponent(curve.lengths, curve.ms)
+    shown = f"{_name(curve)}: tail {tail.value:.2f}"
+    return f"{shown} [{tail.low:.2f}, {tail.high:.2f}]" if curve.judged else shown
+
+
+def _decides(comparison: Comparison) -> str:
+    return "bytes" if comparison.along == "position" else "FLOPs"
+
+
+def _styles(archs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A style for each architecture; those outside the menu share out what is left, in order."""
+    others = [arch for arch in archs if arch not in STYLES]
+    spare = {arch: OTHER_STYLES[i % len(OTHER_STYLES)] for i, arch in enumerate(others)}
+    return {**STYLES, **spare}
+
+
+def _styled(comparison: Comparison) -> list[tuple[Curve, dict[str, Any]]]:
+    styles = _styles([curve.arch for curve in comparison.curves])
+    return [(curve, styles[curve.arch]) for curve in comparison.curves if curve.lengths]
+
+
+def _points(
+    axes: Axes, curve: Curve, style: dict[str, Any], values: Any, label: str | None = None
+) -> None:
+    """Values with bars in proportion to those of the time; cells that others disturbed hollow."""
+    scale = values / curve.times
+    bars = [
+        np.maximum(values - curve.cells["low"] * scale, 0),
+        np.maximum(curve.cells["high"] * scale - values, 0),
+    ]
+    x = np.array(curve.lengths)
+    axes.errorbar(x, values, yerr=bars, label=label, capsize=2, elinewidth=0.8, **style)
+    hollow = curve.cells["disturbed"].to_numpy(dtype=bool)
+    axes.plot(x[hollow], values[hollow], **{**style, "ls": ""}, mfc="white", zorder=3)
+
+
+def _tail_line(axes: Axes, curve: Curve, style: dict[str, Any]) -> None:
+    """The power law of the tail, broad and pale behind its points."""
+    x, y = curve.points.x[-TAIL:], curve.points.centre[-TAIL:]
+    slope = fit.tail_exponent(curve.lengths, curve.ms).value
+    line = np.exp(y.mean() + slope * (x - x.mean()))
+    axes.plot(np.exp(x), line, color=style["color"], lw=5, alpha=0.25, zorder=1)
+
+
+def _reference_slopes(axes: Axes, comparison: Comparison) -> None:
+    """Dotted lines of slope n, n log n and n squared from below the fastest first point."""
+    curves = [curve for curve in comparison.curves if curve.lengths]
+    lengths = np.array(comparison.lengths)
+    start = 0.6 * min(curve.times[0] for curve in curves)
+    top = 1.5 * max(float(curve.cells["high"].max()) for curve in curves)
+    fine = np.exp(np.linspace(np.log(lengths[0]), np.log(lengths[-1]), 200))
+    laws: dict[str, Callable[[Any], Any]] = {
+        "n": lambda n: n,
+        "n log n": lambda n: n * np.log(n),
+        "n²": lambda n: n**2,
+    }
+    for name, law in laws.items():
+        line = start * law(fine) / law(fine[0])
+        inside = line <= top
+        axes.plot(fine[inside], line[inside], color="0.55", lw=0.9, ls=":", zorder=0)
+        end = (fine[inside][-1], line[inside][-1])
+        offset = {"xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(name, end, **offset, color="0.4", fontsize=7, va="center")
+
+
+def _crossings(axes: Axes, comparison: Comparison) -> None:
+    """A ring where two curves cross in range, a bar for its interval, and the length."""
+    for a, b, where in comparison.crossovers():
+        if where.verdict != "in range" or not (where.length and where.low and where.high):
+            continue
+        height = float(np.exp(np.interp(np.log(where.length), a.points.x, a.points.centre)))
+        if a.judged and b.judged:
+            axes.plot([where.low, where.high], [height] * 2, color="k", lw=0.8, zorder=4)
+        axes.plot(where.length, height, "o", ms=7, mfc="none", mec="k", mew=0.9, zorder=4)
+        axes.annotate(
+            f"{where.length:,.0f}",
+            (where.length, height),
+            xytext=(4, -11),
+            textcoords="offset points",
+            fontsize=6.5,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
+            zorder=4,
+        )
+
+
+def _finish(axes: Axes, comparison: Comparison) -> None:
+    axes.set_yscale("log")
+    _length_axis(axes, comparison)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _censored(axes, comparison)
+
+
+def _length_axis(axes: Axes, comparison: Comparison) -> None:
+    axes.set_xscale("log", base=2)
+    lengths = comparison.lengths
+    axes.set_xticks(lengths, [f"{int(n):,}" for n in lengths], rotation=30, ha="right")
+    axes.minorticks_off()
+    decoding = comparison.along == "position"
+    axes.set_xlabel("position, tokens already read" if decoding else "sequence length T, tokens")
+
+
+def _censored(axes: Axes, comparison: Comparison) -> None:
+    """At the top, lengths that have no value, and why: the curve ends there."""
+    styles = _styles([curve.arch for curve in comparison.curves])
+    transform = axes.get_xaxis_transform()
+    ends = [curve for curve in comparison.curves if curve.censored]
+    for row, curve in enumerate(ends):
+        color, height = styles[curve.arch]["color"], 0.97 - 0.06 * row
+        for i, (length, status) in enumerate(curve.censored):
+            axes.plot(length, height, "x", color=color, transform=transform, clip_on=False)
+            if i == 0:
+                axes.annotate(
+                    f"{_name(curve)}: {status} ",
+                    (length, height),
+                    xycoords=transform,
+                    xytext=(-5, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    fontsize=6.5,
+                    color=color,
+                )

@@ -1,0 +1,134 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from harness import curves, summary
+from runs import write_curve
+
+
+def linear(n):
+    return 0.002 * n
+
+
+def square(n):
+    return 1e-6 * n**2
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_curve(tmp_path, "transformer", square)
+    write_curve(tmp_path, "mamba2", linear)
+    write_curve(tmp_path, "hyena", lambda n: 0.01 * n, failed={16384: "oom", 8192: "oom"})
+    return tmp_path
+
+
+def test_classes_and_tails_stand_beside_the_counted_ones(run):
+    table = summary.growth(curves.load(run)).set_index("arch")
+    assert list(table.index) == ["transformer", "mamba2", "hyena"]
+    assert list(table["measured"]) == ["n²", "n", "n"]
+    assert list(table["counted_flops"]) == ["n²", "n", "n"]
+    row = table.loc["transformer"]
+    assert row["tail_low"] < 2 < row["tail_high"]
+    assert row["tail_counted"] == pytest.approx(2, abs=0.01)
+    assert (row["tail_first"], row["tail_last"]) == (4096, 16384)
+    assert row["tail_memory"] == pytest.approx(1)
+    assert list(table["processes"]) == [3, 3, 3]
+    assert list(table["departure"]) == ["none"] * 3
+
+
+def test_censored_points_are_named_and_not_fitted(run):
+    row = summary.growth(curves.load(run)).set_index("arch").loc["hyena"]
+    assert row["censored"] == "oom at 8,192, oom at 16,384"
+    assert (row["lengths"], row["last"]) == (5, 4096)
+
+
+def test_a_cell_that_failed_once_of_three_is_no_end_of_the_curve(tmp_path):
+    write_curve(tmp_path, "rwkv7", linear)
+    directory = sorted((tmp_path / "records").glob("*.json"))[0]
+    record = json.loads(directory.read_text())
+    record.update(status="timeout", reason="slow", metrics={}, samples={})
+    directory.write_text(json.dumps(record))
+    ((curve,),) = [c.curves for c in curves.load(tmp_path)]
+    assert curve.censored == []
+    assert curve.points.processes == 2
+
+
+def test_a_crossover_names_who_is_faster_beyond_it(run):
+    table = summary.crossovers(curves.load(run)).set_index(["a", "b"])
+    row = table.loc["transformer", "mamba2"]
+    assert row["verdict"] == "in range"
+    assert row["low"] < 2000 < row["high"]
+    assert row["faster_after"] == "mamba2"
+    assert table.loc["mamba2", "hyena"]["verdict"] == "none in range"
+    # Of lengths that both were measured at.
+    assert table.loc["transformer", "hyena"]["verdict"] == "extrapolated"
+
+
+def test_where_the_time_leaves_the_count_is_said_from_which_length(tmp_path):
+    write_curve(tmp_path, "mamba2", lambda n: 0.002 * n + 1e-10 * n**3, flops=linear)
+    write_curve(tmp_path, "rwkv7", lambda n: 1 + 0.002 * n, flops=linear)
+    table = summary.growth(curves.load(tmp_path)).set_index("arch")
+    assert table.loc["mamba2", "departure"].startswith("from 1,024: 1.9")
+    assert table.loc["rwkv7", "departure"].startswith("to 2,048: 0.59")
+    assert "counted 1.00" in table.loc["rwkv7", "departure"]
+
+
+def test_one_process_is_not_judged(tmp_path):
+    write_curve(tmp_path, "transformer", square, processes=1)
+    write_curve(tmp_path, "mamba2", linear, processes=1)
+    found = curves.load(tmp_path)
+    assert set(summary.growth(found)["departure"]) == {"not judged under 3 processes"}
+    text = summary.markdown(found)
+    assert "| Transformer | n² | n² | 2.0" in text
+    assert "[" not in text.split("| Transformer |")[1].split("\n")[0]
+    assert "none under 3 processes | Mamba-2 |" in text
+
+
+def test_three_lengths_are_no_fit(tmp_path):
+    write_curve(tmp_path, "transformer", square, lengths=(256, 512, 1024))
+    found = curves.load(tmp_path)
+    assert list(summary.growth(found)["measured"]) == ["no fit: 3 of 4 lengths"]
+    assert summary.crossovers(found).empty
+    assert "no fit: 3 of 4 lengths" in summary.markdown(found)
+
+
+def test_a_token_budget_is_fitted_a_sequence(tmp_path):
+    write_curve(tmp_path, "mamba2", linear, tokens=16384)
+    (row,) = summary.growth(curves.load(tmp_path)).to_dict("records")
+    assert row["batch"] == "B·T = 16,384"
+    assert row["measured"] == "n"
+    assert row["tail_value"] == pytest.approx(1, abs=0.05)
+
+
+def test_decoding_is_judged_by_bytes(tmp_path):
+    write_curve(tmp_path, "transformer", lambda n: 1 + n / 2048, phase="decode", level="model")
+    (row,) = summary.growth(curves.load(tmp_path)).to_dict("records")
+    assert (row["measured"], row["counted_bytes"]) == ("c + n", "c + n")
+    assert row["departure"] == "none"
+
+
+def test_terminal_and_markdown_say_the_same(run):
+    found = curves.load(run)
+    console = Console(width=140, file=io.StringIO())
+    for table in summary.tables(found):
+        console.print(table)
+    shown, text = console.file.getvalue(), summary.markdown(found)
+    for words in (
+        "growth with length T",
+        "crossover",
+        "hardware departure",
+        "n (oom at 8,192, oom at 16,384)",
+        "Mamba-2 throughout",
+        "(extrapolated)",
+    ):
+        assert words in shown
+        assert words in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("| ")]
+    assert set(widths) == {len(summary.GROWTH) + 1, len(summary.CROSSOVERS) + 1}
+
+
+def test_a_name_with_a_bar_keeps_the_markdown_table_whole(tmp_path):
+    write_curve(tmp_path, "a|b", linear)
+    assert "| a\\|b |" in summary.markdown(curves.load(tmp_path))
