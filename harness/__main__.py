@@ -323,7 +323,7 @@ def _show_results(table: pd.DataFrame, out: Path, as_json: bool) -> int:
             console.print(part)
         for note in report.notes(table):
             console.print(note, highlight=False, markup=False)
-        print(f"records and cells.csv: {out}")
+        print(f"records and cells.csv: {out}   fits and figures: seqscale plot {out}")
     return 4 if broken else 0
 
 

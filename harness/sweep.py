@@ -200,6 +200,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=[1 << n for n in range(9, 18)],
             tokens=131072,
             size="d2048",
+            replicates=3,
         ),
         Grid(
             level="block",
@@ -207,8 +208,15 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=[1 << n for n in range(9, 17)],
             tokens=65536,
             size="d2048",
+            replicates=3,
         ),
-        Grid(level="model", phase="decode", positions=[1 << n for n in range(8, 18)], size="d2048"),
+        Grid(
+            level="model",
+            phase="decode",
+            positions=[1 << n for n in range(8, 18)],
+            size="d2048",
+            replicates=3,
+        ),
     ),
 }
 
