@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -97,7 +97,14 @@ class Comparison:
     @property
     def title(self) -> str:
         """One line."""
-        return "{level} {phase}, {size}, {batch}, {dtype}, {backend}".format(**self.common)
+        said = "{level} {phase}, {size}, {batch}, {dtype}, {backend}".format(**self.common)
+        theirs = self.common["implementation"]
+        return said if theirs == "ours" else f"{said}, {theirs}"
+
+    @property
+    def origin(self) -> str:
+        """Device, versions and commit behind the curves, in one line."""
+        return origin(self.part)
 
     @property
     def lengths(self) -> list[float]:
@@ -105,13 +112,37 @@ class Comparison:
         found = {n for curve in self.curves for n in curve.lengths}
         return sorted(found | {n for curve in self.curves for n, _ in curve.censored})
 
-    def crossovers(self) -> Iterator[tuple[Curve, Curve, fit.Crossover]]:
+    @cached_property
+    def crossovers(self) -> list[tuple[Curve, Curve, fit.Crossover]]:
         """Every two architectures with enough common lengths, and where they cross."""
+        found = []
         for a, b in combinations(self.curves, 2):
             lengths = [n for n in a.lengths if n in b.lengths]
             if len(lengths) >= FEWEST:
                 first, second = ([c.ms[c.lengths.index(n)] for n in lengths] for c in (a, b))
-                yield a, b, fit.crossover(lengths, first, second)
+                found.append((a, b, fit.crossover(lengths, first, second)))
+        return found
+
+
+def origin(part: pd.DataFrame) -> str:
+    """Device, versions and commit of some cells; several of one are all named."""
+    commits = sorted({str(commit or "none")[:10] for commit in part["commit"]})
+    dirty = " (uncommitted changes)" if (part["dirty"] == True).any() else ""  # noqa: E712
+    return (
+        f"{named(part, 'device')}, {named(part, 'threads')} threads · "
+        f"torch {named(part, 'torch')} · Python {named(part, 'python')} · "
+        f"commit {', '.join(commits)}{dirty} · seqscale cost, seqscale plot"
+    )
+
+
+def named(part: pd.DataFrame, column: str) -> str:
+    """The different values of a column."""
+    if column not in part:
+        return ""
+    values = part[column].dropna()
+    if pd.api.types.is_float_dtype(values):  # whole numbers beside nulls
+        values = values.astype(int)
+    return ", ".join(sorted(set(values.astype(str))))
 
 
 def load(source: Path) -> list[Comparison]:

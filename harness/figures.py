@@ -31,6 +31,7 @@ LEGEND_TOP = 0.96  # of the figure's height: the title is above
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "seqscale",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 8,
     "axes.grid": True,
     "grid.alpha": 0.25,
@@ -245,7 +246,7 @@ def _reference_slopes(axes: Axes, comparison: Comparison) -> None:
 
 def _crossings(axes: Axes, comparison: Comparison) -> None:
     """A ring where two curves cross in range, a bar for its interval, and the length."""
-    for a, b, where in comparison.crossovers():
+    for a, b, where in comparison.crossovers:
         if where.verdict != "in range" or not (where.length and where.low and where.high):
             continue
         height = float(np.exp(np.interp(np.log(where.length), a.points.x, a.points.centre)))
@@ -267,7 +268,9 @@ def _finish(axes: Axes, comparison: Comparison) -> None:
     axes.set_yscale("log")
     _length_axis(axes, comparison)
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    decades = np.log10(high / low)
+    subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     _censored(axes, comparison)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import pandas as pd
 from matplotlib.figure import Figure
 
 from harness import curves, figures, record, report, summary
@@ -66,15 +66,15 @@ def draw(
         raise NothingToDrawError(f"{source} holds no finished cell to draw")
     paths: list[Path] = []
     with plt.rc_context(figures.SETTINGS):
-        for comparison in found:
-            paths += _draw(comparison, out)
+        for name, comparison in zip(_file_names(found), found, strict=True):
+            paths += _draw(comparison, out / name)
         if runs:
             said = "Loss of each training step, in bits, on the bytes of that step."
             paths += _save(
                 figures.losses(runs),
                 out / "training_loss",
                 "Training on real bytes, matched parameters",
-                f"{said}\n{_origin(cells[cells['kind'] == 'loss'])}",
+                f"{said}\n{curves.origin(cells[cells['kind'] == 'loss'])}",
             )
     if found:
         record.write_atomically(out / "summary.md", summary.markdown(found))
@@ -82,8 +82,8 @@ def draw(
     return Drawn(paths, found)
 
 
-def _draw(comparison: Comparison, out: Path) -> list[Path]:
-    """The figures of one comparison."""
+def _draw(comparison: Comparison, path: Path) -> list[Path]:
+    """The figures of one comparison; `path` is how their names begin."""
     common, decoding = comparison.common, comparison.along == "position"
     kinds: dict[str, tuple[Callable[[Comparison], Figure], str]] = {
         "time": (figures.time, _how_timed(comparison) + _marks(comparison)),
@@ -99,16 +99,25 @@ def _draw(comparison: Comparison, out: Path) -> list[Path]:
     )
     paths = []
     for kind, (figure, said) in kinds.items():
-        name = _file_name(common) + ("" if decoding else f"_{kind}")
-        footer = f"{said}{_steadiness(comparison)}\n{_origin(comparison.part)}"
-        paths += _save(figure(comparison), out / name, title, footer)
+        name = path.name + ("" if decoding else f"_{kind}")
+        footer = f"{said}{_steadiness(comparison)}\n{comparison.origin}"
+        paths += _save(figure(comparison), path.with_name(name), title, footer)
     return paths
 
 
-def _file_name(common: Any) -> str:
-    """What tells one comparison from the others of a run, fit for a file's name."""
-    batch = common["batch"].replace("·", "").replace(",", "").replace(" = ", "")
-    return "_".join([*(common[k] for k in ("level", "phase", "size", "dtype", "backend")), batch])
+def _file_names(found: Sequence[Comparison]) -> list[str]:
+    """What tells each comparison from the others of a run, fit for a file's name."""
+    names: list[str] = []
+    for comparison in found:
+        common = comparison.common
+        keys = ["level", "phase", "size", "dtype", "backend"]
+        if common["implementation"] != "ours":
+            keys.append("implementation")
+        if len({other.common["device"] for other in found}) > 1:
+            keys.append("device")
+        said = "_".join([*(str(common[key]) for key in keys), common["batch"]])
+        names.append(re.sub(r"[^\w.-]", "", said))
+    return names
 
 
 def _save(figure: Figure, path: Path, title: str, footer: str) -> list[Path]:
@@ -151,7 +160,7 @@ def _marks(comparison: Comparison) -> str:
     said = ""
     if any(curve.fits for curve in comparison.curves):
         said += " Broad: least-squares tail."
-    if any(where.verdict == "in range" for _, _, where in comparison.crossovers()):
+    if any(where.verdict == "in range" for _, _, where in comparison.crossovers):
         said += " Rings: crossovers."
     return said
 
@@ -164,7 +173,7 @@ def _how_sloped(comparison: Comparison) -> str:
 
 
 def _how_measured(comparison: Comparison) -> str:
-    sources = _named(comparison.part, "peak_source")
+    sources = curves.named(comparison.part, "peak_source")
     said = f"Peak memory: {sources}, above inputs and weights. " if sources else ""
     return said + "State: exact."
 
@@ -177,27 +186,6 @@ def _steadiness(comparison: Comparison) -> str:
 def _processes(comparison: Comparison) -> str:
     counts = {len(times) for curve in comparison.curves for times in curve.ms}
     return " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-
-
-def _origin(part: pd.DataFrame) -> str:
-    """Device, versions and commit of the cells; several of one are all named."""
-    commits = sorted({str(commit or "none")[:10] for commit in part["commit"]})
-    dirty = " (uncommitted changes)" if (part["dirty"] == True).any() else ""  # noqa: E712
-    return (
-        f"{_named(part, 'device')}, {_named(part, 'threads')} threads · "
-        f"torch {_named(part, 'torch')} · Python {_named(part, 'python')} · "
-        f"commit {', '.join(commits)}{dirty} · seqscale cost, seqscale plot"
-    )
-
-
-def _named(part: pd.DataFrame, column: str) -> str:
-    """The different values of a column."""
-    if column not in part:
-        return ""
-    values = part[column].dropna()
-    if pd.api.types.is_float_dtype(values):  # whole numbers beside nulls
-        values = values.astype(int)
-    return ", ".join(sorted(set(values.astype(str))))
 
 
 def _size(size: str) -> str:

@@ -39,7 +39,7 @@ def crossovers(found: Sequence[Comparison]) -> pd.DataFrame:
     """Where each pair of curves crosses, one row a pair; see `harness.fit.Crossover`."""
     rows = []
     for comparison in found:
-        for a, b, where in comparison.crossovers():
+        for a, b, where in comparison.crossovers:
             after = where.smaller_after
             faster = None if after is None else (a, b)[after].arch
             processes = min(a.points.processes, b.points.processes)
@@ -112,24 +112,26 @@ def _run(run: fit.Departure, curve: Curve) -> str:
 def tables(found: Sequence[Comparison]) -> list[Table]:
     """The summary for a terminal."""
     made = []
-    for title, header, rows in _rows(found):
-        table = Table(title=title, title_justify="left")
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        made.append(table)
+    for comparison in found:
+        for title, header, rows in _rows(comparison):
+            table = Table(title=f"{comparison.title}: {title}", title_justify="left")
+            for name in header:
+                table.add_column(name, overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            made.append(table)
     return made
 
 
 def markdown(found: Sequence[Comparison]) -> str:
     """The summary as Markdown."""
-    parts = ["# How the times grow\n", LEGEND + "\n"]
-    for title, header, rows in _rows(found):
-        lines = [header, ["---"] * len(header), *rows]
-        parts.append(f"## {title}\n" if header is GROWTH else "")
-        parts += [f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines]
-        parts.append("")
+    parts = [f"# How the times grow\n\n{LEGEND}\n"]
+    for comparison in found:
+        parts.append(f"## {comparison.title}\n\n{comparison.origin}\n")
+        for _, header, rows in _rows(comparison):
+            lines = [header, ["---"] * len(header), *rows]
+            parts += [f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines]
+            parts.append("")
     return "\n".join(parts)
 
 
@@ -137,22 +139,15 @@ def _escaped(cell: str) -> str:
     return " ".join(cell.replace("|", "\\|").split())
 
 
-def _rows(
-    found: Sequence[Comparison],
-) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    """Title, header and rows of each table: one of growth, one of crossovers a comparison."""
+def _rows(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """Title, header and rows of a comparison's tables: growth and crossovers."""
     made = []
-    for comparison in found:
-        rows = [_growth_row(_growth(curve), curve) for curve in comparison.curves if curve.lengths]
-        if rows:
-            made.append((f"{comparison.title}: growth with {_along(comparison)}", GROWTH, rows))
-        if pairs := [_crossover_row(a, b, where) for a, b, where in comparison.crossovers()]:
-            made.append((f"{comparison.title}: crossovers", CROSSOVERS, pairs))
+    if rows := [_growth_row(_growth(curve), curve) for curve in comparison.curves if curve.lengths]:
+        along = "position" if comparison.along == "position" else "length T"
+        made.append((f"growth with {along}", GROWTH, rows))
+    if rows := [_crossover_row(a, b, where) for a, b, where in comparison.crossovers]:
+        made.append(("crossovers", CROSSOVERS, rows))
     return made
-
-
-def _along(comparison: Comparison) -> str:
-    return "position" if comparison.along == "position" else "length T"
 
 
 def _growth_row(row: dict[str, Any], curve: Curve) -> list[str]:
