@@ -91,7 +91,7 @@ def test_the_fits_in_the_readme_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(python_in_readme("fit.classify"), "README.md", "exec"), {})
     said = capsys.readouterr().out
-    for word in ("tail_low", "verdict", "transformer", "Exponent(value="):
+    for word in ("tail_high", "verdict", "transformer", "Exponent(value="):
         assert word in said
 
 

@@ -116,7 +116,7 @@ def test_terminal_and_markdown_say_the_same(run):
         console.print(table)
     shown, text = console.file.getvalue(), summary.markdown(found)
     for words in (
-        "growth with length T",
+        "op forward, d256, B = 1, float32, torch",
         "crossover",
         "hardware departure",
         "n (oom at 8,192, oom at 16,384)",
@@ -127,6 +127,11 @@ def test_terminal_and_markdown_say_the_same(run):
         assert words in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("| ")]
     assert set(widths) == {len(summary.GROWTH) + 1, len(summary.CROSSOVERS) + 1}
+
+
+def test_the_markdown_says_where_the_numbers_come_from(run):
+    text = summary.markdown(curves.load(run))
+    assert "a CPU, 2 threads · torch 2 · Python 3 · commit abcdef0123" in text
 
 
 def test_a_name_with_a_bar_keeps_the_markdown_table_whole(tmp_path):

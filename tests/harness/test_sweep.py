@@ -126,12 +126,14 @@ def test_the_quick_preset_covers_what_it_promises():
     cells = sweep.cells(sweep.preset("quick"))
     for arch in ("transformer", "mamba2", "rwkv7", "hyena"):
         mine = [c for c in cells if c.arch == arch]
-        op = [c.seq_len for c in mine if c.level == "op" and c.phase == "forward"]
-        assert op == [256, 512, 1024, 2048, 4096, 8192, 16384]
-        assert max(c.seq_len for c in mine if c.level == "block") <= 4096
+        op = [c for c in mine if c.level == "op" and c.phase == "forward"]
+        for replicate in range(3):
+            lengths = [c.seq_len for c in op if c.replicate == replicate]
+            assert lengths == [256, 512, 1024, 2048, 4096, 8192, 16384]
+        assert len({c.seq_len for c in mine if c.level == "block"}) >= 4  # enough for a fit
         assert len([c for c in mine if c.phase == "decode"]) >= 4
         (loss,) = [c for c in mine if c.kind == "loss"]
-        assert loss.options["steps"] == 50
+        assert loss.options["steps"] == 30
 
 
 @pytest.mark.parametrize(
