@@ -21,7 +21,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from harness import fit
 from harness.curves import Comparison, Curve
-from harness.points import TAIL
 from harness.record import Measurement
 from harness.summary import NAMES
 from harness.sweep import in_order
@@ -179,7 +178,7 @@ def _tail_label(curve: Curve) -> str:
     """The name with the tail exponent, and its interval where it is known."""
     if not curve.fits:
         return _name(curve)
-    tail = fit.tail_exponent(curve.lengths, curve.ms)
+    tail = curve.points.exponent(curve.points.tail)
     shown = f"{_name(curve)}: tail {tail.value:.2f}"
     return f"{shown} [{tail.low:.2f}, {tail.high:.2f}]" if curve.judged else shown
 
@@ -217,8 +216,9 @@ def _points(
 
 def _tail_line(axes: Axes, curve: Curve, style: dict[str, Any]) -> None:
     """The power law of the tail, broad and pale behind its points."""
-    x, y = curve.points.x[-TAIL:], curve.points.centre[-TAIL:]
-    slope = fit.tail_exponent(curve.lengths, curve.ms).value
+    points = curve.points
+    x, y = points.x[points.tail], points.centre[points.tail]
+    slope = points.exponent(points.tail).value
     line = np.exp(y.mean() + slope * (x - x.mean()))
     axes.plot(np.exp(x), line, color=style["color"], lw=5, alpha=0.25, zorder=1)
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.laws import Array, Growth
-from harness.points import TAIL, Exponent, Points
+from harness.points import Exponent, Points
 
 REACH = 8.0  # how far beyond the longest length laws are drawn on to look for a crossing
 # Intervals by which two curves must differ on both sides of a crossing: a curve against itself, at
@@ -84,8 +84,9 @@ def local_exponents(lengths: Sequence[float], samples: Sequence[Any]) -> list[Ex
 
 
 def tail_exponent(lengths: Sequence[float], samples: Sequence[Any]) -> Exponent:
-    """The least-squares exponent over the `TAIL` longest lengths."""
-    return Points(lengths, samples).exponent(slice(-TAIL, None))
+    """The least-squares exponent over the longer half of the lengths, at least three of them."""
+    points = Points(lengths, samples)
+    return points.exponent(points.tail)
 
 
 def classify(lengths: Sequence[float], samples: Sequence[Any]) -> Growth:

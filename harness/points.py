@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 # Of the samples of one process: a bootstrap's error of a median is too large for few of them by
 # just what Student's t would add (coverage 94.5 to 95.5 % for 5 to 40 samples).
 NORMAL = float(norm.ppf((1 + CONFIDENCE) / 2))
-TAIL = 3  # points of the tail: two octaves where lengths double
+SHORTEST_TAIL = 3  # points
 
 
 class TooFewPointsError(ValueError):
@@ -106,6 +106,11 @@ class Points:
             columns.append(logs[chosen].mean(axis=1))
         return np.vstack([self.centre, np.column_stack(columns)])
 
+    @property
+    def tail(self) -> slice:
+        """The longer half of the lengths, at least `SHORTEST_TAIL`."""
+        return slice(-max(SHORTEST_TAIL, (len(self.x) + 1) // 2), None)
+
     def growth(self) -> Growth:
         """The laws fitted to the points."""
         return fitted(self.lengths, self.centre)
@@ -138,8 +143,8 @@ class Points:
         values = np.log(law(np.exp(grid)))
         values += np.interp(grid, self.x, self.centre - np.log(law(self.lengths)))
         weights = np.column_stack([np.interp(grid, self.x, unit) for unit in np.eye(len(self.x))])
-        tail = self.x[-TAIL:] - self.x[-TAIL:].mean()
-        weights[:, -TAIL:] += np.outer(np.maximum(grid - self.x[-1], 0), tail / (tail @ tail))
+        tail = self.x[self.tail] - self.x[self.tail].mean()
+        weights[:, self.tail] += np.outer(np.maximum(grid - self.x[-1], 0), tail / (tail @ tail))
         covariance = np.cov(self.draws[1:], rowvar=False)
         return values, np.einsum("gi,ij,gj->g", weights, covariance, weights)
 

@@ -13,12 +13,13 @@ from harness.curves import JUDGED, Comparison, Curve
 from harness.laws import FEWEST, simplest
 
 NAMES = {"transformer": "Transformer", "mamba2": "Mamba-2", "rwkv7": "RWKV-7", "hyena": "Hyena"}
+MISFIT = 0.15  # root mean square of the log residuals from which on a law is said to miss
 GROWTH = ("architecture", "counted", "measured", "tail exponent", "counted", "hardware departure")
 CROSSOVERS = ("architectures", "crossover", "95 % interval", "faster beyond it")
 # What a reader of the tables must know.
 LEGEND = (
     f"counted: class of the FLOPs (decode: bytes) of a sequence. measured: of its time, by AICc; "
-    f"'cannot separate': evidence ratio under 10. tail exponent: slope over the three longest "
+    f"'cannot separate': evidence ratio under 10. tail exponent: slope over the longer half of the "
     f"lengths, with its 95 % interval over processes (none under {JUDGED} processes), then that of "
     f"the count. hardware departure: where the slope of the time is not that of the count, beyond "
     f"noise and by more than {fit.DEPARTURE}."
@@ -155,6 +156,7 @@ def _growth_row(row: dict[str, Any], curve: Curve) -> list[str]:
     censored = f" ({row['censored']})" if row["censored"] else ""
     if not curve.fits:
         return [name, "", row["measured"] + censored, "", "", ""]
+    misses = f", off by {row['misfit']:.0%}" if row["misfit"] > MISFIT else ""
     tail = f"{row['tail_value']:.2f}"
     if curve.judged:
         tail += f" [{row['tail_low']:.2f}, {row['tail_high']:.2f}]"
@@ -162,7 +164,7 @@ def _growth_row(row: dict[str, Any], curve: Curve) -> list[str]:
     return [
         name,
         row[f"counted_{curve.decides}"] or "-",
-        row["measured"] + censored,
+        row["measured"] + misses + censored,
         tail,
         "-" if counted is None else f"{counted + 0:.2f}",
         row["departure"],

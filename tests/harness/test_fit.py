@@ -45,6 +45,10 @@ def covered(interval, truth):
     return interval.low <= truth <= interval.high
 
 
+def slope(law, lengths):
+    return np.polyfit(np.log(lengths), np.log([law(n) for n in lengths]), 1)[0]
+
+
 def seed(name):
     return sum(map(ord, name))
 
@@ -53,7 +57,7 @@ def seed(name):
 def test_the_tail_interval_covers_the_true_exponent(name):
     law, generator = TRUTHS[name], np.random.default_rng(seed(name))
     truth = fit.tail_exponent(LENGTHS, [law(n) for n in LENGTHS]).value
-    assert truth == pytest.approx(math.log(law(LENGTHS[-1]) / law(LENGTHS[-3])) / math.log(4))
+    assert truth == pytest.approx(slope(law, LENGTHS[4:]))
     hits = sum(
         covered(fit.tail_exponent(LENGTHS, noisy(law, generator)), truth) for _ in range(DRAWS)
     )
@@ -117,6 +121,12 @@ def test_few_noisy_lengths_seldom_tell_n_from_n_log_n_and_seldom_lie():
     unsure = next(g for g in found if len(g.leading) > 1)
     assert unsure.name.startswith("cannot separate ")
     assert 1 <= unsure.evidence_ratio < 10
+
+
+def test_the_tail_is_the_longer_half_and_at_least_three():
+    for count, first in ((4, 512), (5, 1024), (6, 2048), (7, 2048), (8, 4096)):
+        found = fit.tail_exponent(LENGTHS[:count], [float(n) for n in LENGTHS[:count]])
+        assert (found.first, found.last) == (first, LENGTHS[count - 1])
 
 
 def test_few_points_do_not_make_one_term_of_what_is_none():

@@ -32,7 +32,7 @@ def test_classes_and_tails_stand_beside_the_counted_ones(run):
     row = table.loc["transformer"]
     assert row["tail_low"] < 2 < row["tail_high"]
     assert row["tail_counted"] == pytest.approx(2, abs=0.01)
-    assert (row["tail_first"], row["tail_last"]) == (4096, 16384)
+    assert (row["tail_first"], row["tail_last"]) == (2048, 16384)
     assert row["tail_memory"] == pytest.approx(1)
     assert list(table["processes"]) == [3, 3, 3]
     assert list(table["departure"]) == ["none"] * 3
