@@ -7,7 +7,7 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 NVIDIA := nvidia-smi -L 2>/dev/null | grep -q ^GPU
 CUDA_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'
 
@@ -15,7 +15,7 @@ CUDA_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda i
 
 demo: $(VENV)/installed
 	@if $(NVIDIA); then echo "== NVIDIA GPU found: measuring there"; else \
-	  echo "== no NVIDIA GPU: measuring on the CPU, four minutes on two cores"; fi
+	  echo "== no NVIDIA GPU: measuring on the CPU, about four minutes on two cores"; fi
 	@echo "== measuring (records go to $(OUT)/records; the same command resumes)"
 	$(BIN)/seqscale cost --preset quick --out $(OUT)
 	@echo "== fitting and drawing"

@@ -17,6 +17,8 @@ from harness.laws import FEWEST, Array
 from harness.points import Points
 from harness.sweep import in_order
 
+# A curve ends where even one process ended so: the others' times would be those of the lucky.
+ENDS = ("oom", "timeout")
 JUDGED = 3  # processes from which on noise is known well enough for intervals and departures
 # Columns of `Curve.cells` and the metrics behind them.
 PER_SEQUENCE = {
@@ -40,7 +42,7 @@ class Curve:
         cells: by length, of a sequence: flops, bytes (the least that must be moved), peak and state
             in bytes; low and high: the 20th and 80th percentile of one process's samples, or the
             medians of the fastest and slowest process; disturbed: whether others used the CPU.
-        censored: lengths without a time, and why: "oom", "timeout" …
+        censored: lengths without a time, and why: "oom", "timeout", "timeout (1 of 3)" …
         decides: "flops", or for decode "bytes": what is counted against the time.
     """
 
@@ -69,7 +71,7 @@ class Curve:
     @property
     def judged(self) -> bool:
         """Whether processes enough measured every length."""
-        return self.points.processes >= JUDGED
+        return bool(self.lengths) and self.points.processes >= JUDGED
 
     @property
     def counted(self) -> list[float]:
@@ -114,11 +116,18 @@ class Comparison:
 
     @cached_property
     def crossovers(self) -> list[tuple[Curve, Curve, fit.Crossover]]:
-        """Every two architectures with enough common lengths, and where they cross."""
+        """Every two architectures with enough common lengths, and where they cross.
+
+        The verdict is "not judged" under `JUDGED` processes: their noise is unknown.
+        """
         found = []
         for a, b in combinations(self.curves, 2):
             lengths = [n for n in a.lengths if n in b.lengths]
-            if len(lengths) >= FEWEST:
+            if len(lengths) < FEWEST:
+                continue
+            if not (a.judged and b.judged):
+                found.append((a, b, fit.Crossover("not judged")))
+            else:
                 first, second = ([c.ms[c.lengths.index(n)] for n in lengths] for c in (a, b))
                 found.append((a, b, fit.crossover(lengths, first, second)))
         return found
@@ -174,10 +183,12 @@ def comparisons(
 
 def _curve(arch: str, mine: pd.DataFrame, along: str, samples: Mapping[str, list[float]]) -> Curve:
     lengths, ms, rows = [], [], []
-    for length, cells in mine[mine["status"] == "ok"].groupby(along):
+    ends = mine[mine["status"].isin(ENDS)][along]
+    measured = mine[(mine["status"] == "ok") & ~mine[along].isin(ends)]
+    for length, cells in measured.groupby(along):
         batch = int(cells["batch"].iloc[0])
         times = [
-            [value / batch for value in samples[key] or [median]]
+            [value / batch for value in samples.get(key) or [median]]
             for key, median in zip(cells["key"], cells["time_ms_p50"], strict=True)
         ]
         row = {
@@ -190,13 +201,22 @@ def _curve(arch: str, mine: pd.DataFrame, along: str, samples: Mapping[str, list
         lengths.append(float(str(length)))
         ms.append(times)
         rows.append({**row, "disturbed": bool(report.disturbed(cells).any())})
-    failed = mine[(mine["status"] != "ok") & ~mine[along].isin(lengths)]
-    censored = failed.groupby(along)["status"].first()
+    censored = [
+        (float(str(length)), _why(cells["status"]))
+        for length, cells in mine[~mine[along].isin(lengths)].groupby(along)
+    ]
     return Curve(
         arch,
         lengths,
         ms,
         pd.DataFrame(rows, columns=pd.Index([*PER_SEQUENCE, "disturbed"])),
-        [(float(str(length)), str(status)) for length, status in censored.items()],
+        censored,
         "bytes" if along == "position" else "flops",
     )
+
+
+def _why(statuses: pd.Series) -> str:
+    """Why a length has no time: the status of what failed, and of how many where not all did."""
+    failed = statuses[statuses != "ok"]
+    said = str(failed.iloc[0])
+    return said if len(failed) == len(statuses) else f"{said} ({len(failed)} of {len(statuses)})"

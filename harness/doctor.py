@@ -208,7 +208,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
         "mamba-ssm",
         "mamba-ssm",
         "mamba_ssm",
-        "pip install --no-build-isolation mamba-ssm (on a GPU machine with nvcc)",
+        "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 (with nvcc)",
     ),
     "flash-linear-attention": _peer(
         "flash-linear-attention", "fla-core", "fla.ops", "pip install fla-core"

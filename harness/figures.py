@@ -6,7 +6,7 @@ too. Everything fits 6.9 inches, the text width of a two-column page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -17,10 +17,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import fit
 from harness.curves import Comparison, Curve
+from harness.laws import LAWS, positive_terms
 from harness.record import Measurement
 from harness.summary import NAMES
 from harness.sweep import in_order
@@ -95,7 +96,6 @@ def exponent(comparison: Comparison) -> Figure:
             law = [e.value for e in counted]
             axes.plot(middles, law, color=style["color"], lw=3, alpha=0.25, zorder=1)
     axes.plot([], [], color="0.5", lw=3, alpha=0.4, label=f"counted {_decides(comparison)}")
-    axes.yaxis.set_major_locator(MultipleLocator(0.5))
     axes.set_ylabel("local exponent of the time")
     _length_axis(axes, comparison)
     _legend(figure, axes)
@@ -108,7 +108,8 @@ def memory(comparison: Comparison) -> Figure:
     for curve, style in _styled(comparison):
         batches = comparison.part.groupby(comparison.along)["batch"].first()
         batch = np.array([float(batches[n]) for n in curve.lengths])
-        left.plot(curve.lengths, curve.cells["peak"] * batch / MIB, label=_name(curve), **style)
+        peak = curve.cells["peak"].where(curve.cells["peak"] > 0)
+        left.plot(curve.lengths, peak * batch / MIB, label=_name(curve), **style)
         right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
     left.set_ylabel("peak memory of the batch, MiB")
     right.set_ylabel("state a sequence, MiB")
@@ -171,7 +172,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _name(curve: Curve) -> str:
-    return NAMES.get(curve.arch, curve.arch)
+    name = NAMES.get(curve.arch, curve.arch)
+    return f" {name}" if name.startswith("_") else name  # a legend leaves out what starts so
 
 
 def _tail_label(curve: Curve) -> str:
@@ -226,17 +228,12 @@ def _tail_line(axes: Axes, curve: Curve, style: dict[str, Any]) -> None:
 def _reference_slopes(axes: Axes, comparison: Comparison) -> None:
     """Dotted lines of slope n, n log n and n squared from below the fastest first point."""
     curves = [curve for curve in comparison.curves if curve.lengths]
-    lengths = np.array(comparison.lengths)
+    lengths = comparison.lengths
     start = 0.6 * min(curve.times[0] for curve in curves)
     top = 1.5 * max(float(curve.cells["high"].max()) for curve in curves)
     fine = np.exp(np.linspace(np.log(lengths[0]), np.log(lengths[-1]), 200))
-    laws: dict[str, Callable[[Any], Any]] = {
-        "n": lambda n: n,
-        "n log n": lambda n: n * np.log(n),
-        "n²": lambda n: n**2,
-    }
-    for name, law in laws.items():
-        line = start * law(fine) / law(fine[0])
+    for name in [law for law in positive_terms(lengths) if law != "1"]:
+        line = start * LAWS[name](fine) / LAWS[name](fine[0])
         inside = line <= top
         axes.plot(fine[inside], line[inside], color="0.55", lw=0.9, ls=":", zorder=0)
         end = (fine[inside][-1], line[inside][-1])
@@ -246,21 +243,23 @@ def _reference_slopes(axes: Axes, comparison: Comparison) -> None:
 
 def _crossings(axes: Axes, comparison: Comparison) -> None:
     """A ring where two curves cross in range, a bar for its interval, and the length."""
-    for a, b, where in comparison.crossovers:
+    for a, _, where in comparison.crossovers:
         if where.verdict != "in range" or not (where.length and where.low and where.high):
             continue
         height = float(np.exp(np.interp(np.log(where.length), a.points.x, a.points.centre)))
-        if a.judged and b.judged:
-            axes.plot([where.low, where.high], [height] * 2, color="k", lw=0.8, zorder=4)
+        axes.plot([where.low, where.high], [height] * 2, color="k", lw=0.8, zorder=4)
+        axes.axvline(where.length, color="k", lw=0.5, ls=":", zorder=0)
         axes.plot(where.length, height, "o", ms=7, mfc="none", mec="k", mew=0.9, zorder=4)
         axes.annotate(
             f"{where.length:,.0f}",
-            (where.length, height),
-            xytext=(4, -11),
+            (where.length, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-1, -2),
             textcoords="offset points",
             fontsize=6.5,
-            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5},
-            zorder=4,
+            rotation=90,
+            ha="right",
+            va="top",
         )
 
 

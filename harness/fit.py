@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.laws import Array, Growth
+from harness.laws import FEWEST, Array, Growth
 from harness.points import Exponent, Points
 
 REACH = 8.0  # how far beyond the longest length laws are drawn on to look for a crossing
 # Intervals by which two curves must differ on both sides of a crossing: a curve against itself, at
 # eight lengths, must not cross.
 CLEAR = 1.5
+ROUNDING = 1e-9  # least noise, in log: exact counts may touch
 CLIFF = 0.1  # least distance from the neighbours' law, in log, that is called a cliff
 DEPARTURE = 0.15  # least difference of local exponents that is called a departure
 
@@ -47,7 +48,8 @@ class Crossover:
         length: of the last crossing, None where there is none.
         low: of its 95 % interval.
         high: likewise.
-        smaller_after: 0 or 1, the curve that is smaller beyond the crossing (or throughout).
+        smaller_after: 0 or 1, the curve that is smaller beyond the crossing, or throughout, or
+            where the curves can be separated; None where by the longest length they have met again.
         crossings: how often the curves cross, beyond noise.
     """
 
@@ -103,40 +105,52 @@ def crossover(lengths: Sequence[float], a: Sequence[Any], b: Sequence[Any]) -> C
     grid, inside = _grid(first.x)
     (one, variance), (other, another) = first.curve(grid), second.curve(grid)
     difference = one - other
-    noise = max(first.factor, second.factor) * np.sqrt(variance + another)
+    wider = max(first, second, key=lambda points: points.factor)
+    noise = np.maximum(wider.scaled(np.sqrt(variance + another)), ROUNDING)
     clear = np.where(np.abs(difference) > CLEAR * noise, np.sign(difference), 0)
     changes = _changes(clear[:inside])
     verdict = "in range" if changes else "extrapolated"
     changes = changes or _changes(clear)[:1]
     if not changes:
         seen = clear[:inside][clear[:inside] != 0]
-        if not seen.size or np.sign(difference[inside - 1]) != seen[-1]:  # or they meet at the end
+        if not seen.size or np.sign(difference[inside - 1]) == -seen[-1]:
             return Crossover("cannot separate")
-        return Crossover("none in range", smaller_after=_smaller(seen[-1]))
+        reversed_ = seen[-1] * difference[:inside] < -ROUNDING  # somewhere, within noise
+        verdict = "cannot separate" if reversed_.any() else "none in range"
+        return Crossover(verdict, smaller_after=_smaller(seen[-1]))
     left, right = changes[-1]
     end = np.sign(difference[right])
     shifted = [end * difference + shift for shift in (0, noise, -noise)]
     length, low, high = (_last_zero(grid, values, left, right) for values in shifted)
     if verdict == "extrapolated" and length <= first.x[-1]:
         return Crossover("cannot separate")
-    return Crossover(
-        verdict, math.exp(length), math.exp(low), math.exp(high), _smaller(end), len(changes)
-    )
+    met_again = verdict == "in range" and np.sign(difference[inside - 1]) != end
+    after = None if met_again else _smaller(end)
+    return Crossover(verdict, math.exp(length), math.exp(low), math.exp(high), after, len(changes))
 
 
 def cliffs(lengths: Sequence[float], samples: Sequence[Any]) -> list[Cliff]:
     """The points that are off the law of their neighbours beyond noise.
 
     That law is the cubic in log space through the two lengths on each side: the two lengths at each
-    end are not judged.
+    end are not judged. The farthest off is taken out first, so that it does not blame its
+    neighbours.
     """
     points, found = Points(lengths, samples), []
-    for i in range(2, len(lengths) - 2):
-        near = np.array([i - 2, i - 1, i + 1, i + 2])
-        off = points.draws[:, i] - points.draws[:, near] @ _lagrange(points.x[near], points.x[i])
-        if abs(off[0]) > max(CLIFF, points.noise(off)):
-            found.append(Cliff(float(lengths[i]), float(np.exp(off[0]))))
-    return found
+    left = list(range(len(lengths)))
+    while True:
+        worst: tuple[float, int] | None = None
+        for at in range(2, len(left) - 2):
+            i, near = left[at], [left[at + k] for k in (-2, -1, 1, 2)]
+            weights = _lagrange(points.x[near], points.x[i])
+            off = points.draws[:, i] - points.draws[:, near] @ weights
+            beyond = abs(off[0]) > max(CLIFF, points.noise(off))
+            if beyond and (worst is None or abs(off[0]) > abs(worst[0])):
+                worst = float(off[0]), i
+        if worst is None:
+            return sorted(found, key=lambda cliff: cliff.length)
+        found.append(Cliff(float(lengths[worst[1]]), math.exp(worst[0])))
+        left.remove(worst[1])
 
 
 def departures(
@@ -144,23 +158,23 @@ def departures(
 ) -> list[Departure]:
     """Runs of lengths where the measured exponent differs from the counted one beyond noise.
 
+    Neighbouring lengths are judged, and the tail as a whole where its last pair is not among them.
     `counted` is the quantity that should decide, at each length: FLOPs or bytes.
     """
     points, exact = Points(lengths, samples, fewest=2), Points(lengths, counted, fewest=2)
-    signs = []
-    for i in range(len(lengths) - 1):
-        pair = slice(i, i + 2)
-        off = points.slopes(pair) - exact.slopes(pair)[0]
+
+    def departs(part: slice) -> int:
+        off = points.slopes(part) - exact.slopes(part)[0]
         known = abs(off[0]) > max(DEPARTURE, points.noise(off))
-        signs.append(int(np.sign(off[0])) if known else 0)
+        return int(np.sign(off[0])) if known else 0
+
+    signs = [departs(slice(i, i + 2)) for i in range(len(lengths) - 1)]
     bounds = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(signs)) if a != b), len(signs)]
-    found = []
-    for start, end in pairwise(bounds):
-        if signs[start]:
-            run = slice(start, end + 1)
-            measured, expected = points.exponent(run), exact.exponent(run)
-            found.append(Departure(measured.first, measured.last, measured.value, expected.value))
-    return found
+    parts = [slice(a, b + 1) for a, b in pairwise(bounds) if signs[a]]
+    if not signs[-1] and len(lengths) >= FEWEST and departs(points.tail):
+        parts.append(points.tail)
+    runs = [(points.exponent(part), exact.exponent(part)) for part in parts]
+    return [Departure(run.first, run.last, run.value, law.value) for run, law in runs]
 
 
 def _grid(x: Array) -> tuple[Array, int]:

@@ -78,13 +78,14 @@ class Growth:
     def plausible(self) -> tuple[Law, ...]:
         """The laws within `EVIDENCE` of the best, best first, but none far off the points.
 
-        A sum is left out where one of its terms alone is plausible too.
+        A sum is left out where one of its terms alone is as likely or more.
         """
-        found = [law for law in self._near if _evidence(self._near[0], law) < EVIDENCE]
-        alone = {law.terms for law in found if len(law.terms) == 1}
-        return tuple(
-            law for law in found if law.terms in alone or not alone & {(t,) for t in law.terms}
-        )
+        kept: list[Law] = []
+        for law in self._near:
+            alone = {other.terms[0] for other in kept if len(other.terms) == 1}
+            if _evidence(self._near[0], law) < EVIDENCE and not alone & {*law.terms}:
+                kept.append(law)
+        return tuple(kept)
 
     @property
     def law(self) -> Law:
@@ -105,14 +106,10 @@ class Growth:
 
     @property
     def name(self) -> str:
-        """In words: "n", "c + n²", "n² + (c or n)" or "cannot separate n, n log n"."""
+        """In words: "n", "c + n² or n + n²", or "cannot separate n, n log n"."""
         if len(self.leading) > 1:
             return f"cannot separate {', '.join(map(_shown, self.leading))}"
-        if len(self.plausible) == 1:
-            return self.law.name
-        lower = {law.terms[0] for law in self.plausible}
-        named = " or ".join(_shown(term) for term in LAWS if term in lower)
-        return f"{self.law.terms[-1]} + ({named})"
+        return " or ".join(law.name for law in self.plausible)
 
 
 def fitted(lengths: tuple[float, ...], logs: Array) -> Growth:
@@ -138,7 +135,12 @@ def simplest(lengths: tuple[float, ...], counts: Sequence[float]) -> Law:
 
 
 def _alone(lengths: tuple[float, ...], logs: Array) -> list[Law]:
-    return [_law((term,), (1.0,), np.array(lengths), logs) for term in LAWS]
+    return [_law((term,), (1.0,), np.array(lengths), logs) for term in positive_terms(lengths)]
+
+
+def positive_terms(lengths: Sequence[float]) -> list[str]:
+    """The terms that are positive at every length."""
+    return [term for term in LAWS if term != "n log n" or lengths[0] > 1]
 
 
 def _in_pairs(lengths: tuple[float, ...], logs: Array) -> list[Law]:
@@ -155,7 +157,7 @@ def _sums(lengths: tuple[float, ...]) -> dict[tuple[str, str], tuple[Array, Arra
     """For each pair of terms: ratios of their coefficients, and the centred log curves of these."""
     n = np.array(lengths)
     found = {}
-    for low, high in combinations(LAWS, 2):
+    for low, high in combinations(positive_terms(lengths), 2):
         a, b = LAWS[low](n), LAWS[high](n)
         span = np.log(a / b)
         # From the one term being a thousandth of the other everywhere to the reverse.

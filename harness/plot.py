@@ -53,6 +53,10 @@ def draw(
         NothingToDrawError: `source` holds no record that can be drawn.
         FileNotFoundError: `source` is not there.
     """
+    if source.is_file() and source.suffix != ".jsonl":
+        raise NothingToDrawError(
+            f"{source}: give a run directory, or a .jsonl file of seqscale export"
+        )
     measurements, damaged = record.load(source)
     for file in damaged:
         on_damaged(file)
@@ -60,21 +64,23 @@ def draw(
     if cells.empty:
         raise NothingToDrawError(f"{source} holds no records: run seqscale cost first")
     out = out or (source if source.is_dir() else source.parent) / "figures"
-    found = [c for c in curves.comparisons(cells, measurements) if any(x.lengths for x in c.curves)]
+    found = curves.comparisons(cells, measurements)
+    drawable = [c for c in found if any(curve.lengths for curve in c.curves)]
     runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
-    if not found and not runs:
+    if not drawable and not runs:
         raise NothingToDrawError(f"{source} holds no finished cell to draw")
     paths: list[Path] = []
     with plt.rc_context(figures.SETTINGS):
-        for name, comparison in zip(_file_names(found), found, strict=True):
+        for name, comparison in zip(_file_names(drawable), drawable, strict=True):
             paths += _draw(comparison, out / name)
-        if runs:
-            said = "Loss of each training step, in bits, on the bytes of that step."
+        for size in dict.fromkeys(run.case.size for run in runs):
+            said = "Loss of each training step, in bits, on the bytes of that step. One run each."
+            part = cells[(cells["kind"] == "loss") & (cells["size"] == size)]
             paths += _save(
-                figures.losses(runs),
-                out / "training_loss",
-                "Training on real bytes, matched parameters",
-                f"{said}\n{curves.origin(cells[cells['kind'] == 'loss'])}",
+                figures.losses([run for run in runs if run.case.size == size]),
+                out / f"training_loss_{size}",
+                f"Training on real bytes: {_size(size)}",
+                f"{said}\n{curves.origin(part)}",
             )
     if found:
         record.write_atomically(out / "summary.md", summary.markdown(found))
@@ -113,8 +119,9 @@ def _file_names(found: Sequence[Comparison]) -> list[str]:
         keys = ["level", "phase", "size", "dtype", "backend"]
         if common["implementation"] != "ours":
             keys.append("implementation")
-        if len({other.common["device"] for other in found}) > 1:
-            keys.append("device")
+        for key in ("device", "threads"):
+            if len({str(other.common[key]) for other in found}) > 1:
+                keys.append(key)
         said = "_".join([*(str(common[key]) for key in keys), common["batch"]])
         names.append(re.sub(r"[^\w.-]", "", said))
     return names
@@ -161,26 +168,29 @@ def _marks(comparison: Comparison) -> str:
     if any(curve.fits for curve in comparison.curves):
         said += " Broad: least-squares tail."
     if any(where.verdict == "in range" for _, _, where in comparison.crossovers):
-        said += " Rings: crossovers."
+        said += " Rings: crossovers with their 95 % interval."
     return said
 
 
 def _how_sloped(comparison: Comparison) -> str:
     said = "Slope of log time over log length between neighbours. Broad: that of the count."
     if any(curve.judged for curve in comparison.curves):
-        said += f" Bars: 95 %, over {_processes(comparison)} processes."
-    return said
+        bars = f"Bars: 95 %, over {_processes(comparison)} processes"
+    else:
+        bars = f"No bars: under {curves.JUDGED} processes their noise is unknown"
+    return f"{said} {bars}. Points of one pair of lengths stand side by side."
 
 
 def _how_measured(comparison: Comparison) -> str:
-    sources = curves.named(comparison.part, "peak_source")
+    part = comparison.part
+    sources = curves.named(part[part["peak_bytes"].notna()], "peak_source")
     said = f"Peak memory: {sources}, above inputs and weights. " if sources else ""
     return said + "State: exact."
 
 
 def _steadiness(comparison: Comparison) -> str:
     unsteady = (comparison.part["stable"] == False).any()  # noqa: E712 (null is neither)
-    return " The device's speed changed by more than 2 % during the sweep." if unsteady else ""
+    return "\nThe device's speed changed by more than 2 % during the sweep." if unsteady else ""
 
 
 def _processes(comparison: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ class Exponent:
     """The slope of log(value) over log(length) between two lengths, with its 95 % interval."""
 
     value: float
-    low: float | None  # None: without repeated values there is no interval
+    low: float | None  # None: where a length was not repeated there is no interval
     high: float | None
     first: float  # the lengths it holds between
     last: float
@@ -49,7 +50,8 @@ class Points:
         x: their logarithms.
         centre: log value at each: the mean over processes of the log of their median.
         processes: the least number of processes of a length.
-        factor: standard errors in half an interval; 0 where nothing was repeated.
+        factor: standard errors in half an interval; 0 for exact counts, one number a length;
+            infinite where some length was not repeated, so that its noise is unknown.
 
     Raises:
         TooFewPointsError: too few lengths.
@@ -78,9 +80,10 @@ class Points:
         self._seed = seed
 
     def _factor(self, several: bool) -> float:
-        units = self.processes if several else min(p[0].size for p in self._samples)
+        sizes = [of_length[0].size for of_length in self._samples]
+        units = self.processes if several else min(sizes)
         if units == 1:
-            return 0.0
+            return math.inf if several or max(sizes) > 1 else 0.0
         if not several:
             return NORMAL
         # Student's t, and a bootstrap's error of few units is too small.
@@ -124,14 +127,18 @@ class Points:
         """The slope over some of the points, with its interval."""
         slopes = self.slopes(part)
         value, ends = float(slopes[0]), self.lengths[part]
-        if not self.factor:
+        if self.factor in (0, math.inf):
             return Exponent(value, None, None, ends[0], ends[-1])
         half = self.noise(slopes)
         return Exponent(value, value - half, value + half, ends[0], ends[-1])
 
     def noise(self, statistic: Array) -> float:
         """Half the interval of a statistic: its value at the points, then one a draw."""
-        return self.factor * float(statistic[1:].std(ddof=1))
+        return self.scaled(float(statistic[1:].std(ddof=1)))
+
+    def scaled(self, error: Any) -> Any:
+        """Half an interval, of standard errors."""
+        return error * self.factor if self.factor < math.inf else error + math.inf
 
     def curve(self, grid: Array) -> tuple[Array, Array]:
         """The points as a curve on a grid of log lengths, and the variance of that.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.table import Table
 
@@ -20,7 +21,7 @@ from harness.sweep import CHOICES, in_order
 # What tables and figures read of a cost cell.
 METRICS = ("time_ms_p20", "time_ms_p50", "time_ms_p80", "peak_bytes", "state_bytes")
 # Cells that differ in one of these are never on one curve.
-CURVE = ("level", "phase", "size", "dtype", "backend", "implementation", "device")
+CURVE = ("level", "phase", "size", "dtype", "backend", "implementation", "device", "threads")
 
 
 def frame(source: Path) -> pd.DataFrame:
@@ -95,14 +96,29 @@ def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]
     constant token budget.
     """
     cost = cells[cells["kind"] == "cost"]
-    for values, part in cost.groupby(list(CURVE), sort=False):
+    for values, part in cost.groupby(list(CURVE), sort=False, dropna=False):
         common = dict(zip(CURVE, values, strict=True))
+        for batch, same in _schemes(part):
+            yield {**common, "batch": batch}, same
+
+
+def _schemes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Cells by token budget or by batch, whichever makes the longest curve, as often as it takes.
+
+    A directory may hold several of both.
+    """
+    while len(part):
         tokens = part["batch"] * part["seq_len"]
-        if part["batch"].nunique() > 1 and tokens.nunique() == 1:
-            yield {**common, "batch": f"B·T = {int(tokens.iloc[0]):,}"}, part
-        else:
-            for batch, same in part.groupby("batch"):
-                yield {**common, "batch": f"B = {batch}"}, same
+        found = []
+        for batch, same in part.groupby("batch"):
+            lengths = same[["seq_len", "position"]].drop_duplicates()
+            found.append((len(lengths), False, -float(str(batch)), same))
+        for budget, same in part.groupby(tokens):
+            if same["batch"].nunique() > 1:
+                found.append((same["seq_len"].nunique(), True, float(str(budget)), same))
+        _, is_budget, number, same = max(found, key=lambda one: one[:3])
+        yield f"B·T = {number:,.0f}" if is_budget else f"B = {-number:.0f}", same
+        part = part.drop(same.index)
 
 
 def tables(cells: pd.DataFrame) -> list[Table]:
@@ -121,7 +137,7 @@ def tables(cells: pd.DataFrame) -> list[Table]:
 def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
     """Time a sequence with the local exponent up to it, peak memory and state, by length.
 
-    Replicates are shown by their median.
+    Replicates are shown by their median, times by the geometric mean of the processes.
     """
     lengths = sorted(part[along].unique())
     table = Table(title=f"{title}: by {'position' if along == 'position' else 'length T'}")
@@ -132,7 +148,9 @@ def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
     for arch in in_order(part["arch"].unique()):
         mine = part[part["arch"] == arch]
         groups = mine.groupby(along)
-        numbers = groups[["time_ms_p50", "batch", "peak_bytes", "state_bytes"]].median()
+        numbers = groups[["batch", "peak_bytes", "state_bytes"]].median()
+        logs = mine.assign(log=np.log(mine["time_ms_p50"].astype(float))).groupby(along)["log"]
+        numbers["time_ms_p50"] = np.exp(logs.mean())
         numbers = numbers.astype(float).reindex(lengths)
         failed = mine[mine["status"] != "ok"].groupby(along)["status"].first().to_dict()
         times = numbers["time_ms_p50"] / numbers["batch"]

@@ -10,19 +10,27 @@ from rich.table import Table
 
 from harness import fit
 from harness.curves import JUDGED, Comparison, Curve
-from harness.laws import FEWEST, simplest
+from harness.laws import EVIDENCE, FEWEST, simplest
 
 NAMES = {"transformer": "Transformer", "mamba2": "Mamba-2", "rwkv7": "RWKV-7", "hyena": "Hyena"}
 MISFIT = 0.15  # root mean square of the log residuals from which on a law is said to miss
-GROWTH = ("architecture", "counted", "measured", "tail exponent", "counted", "hardware departure")
+GROWTH = (
+    "architecture",
+    "counted",
+    "measured",
+    "tail exponent",
+    "counted tail",
+    "hardware departure",
+)
 CROSSOVERS = ("architectures", "crossover", "95 % interval", "faster beyond it")
 # What a reader of the tables must know.
 LEGEND = (
-    f"counted: class of the FLOPs (decode: bytes) of a sequence. measured: of its time, by AICc; "
-    f"'cannot separate': evidence ratio under 10. tail exponent: slope over the longer half of the "
-    f"lengths, with its 95 % interval over processes (none under {JUDGED} processes), then that of "
-    f"the count. hardware departure: where the slope of the time is not that of the count, beyond "
-    f"noise and by more than {fit.DEPARTURE}."
+    "counted: class of the FLOPs (decode: bytes) of a sequence; c is a constant. measured: class "
+    f"of the time, by AICc; 'cannot separate': evidence ratio under {EVIDENCE:.0f}; 'off by': how "
+    "far the best law misses. tail exponent: slope over the longer half of the lengths, with its "
+    f"95 % interval over processes (none under {JUDGED}); counted tail: that of the count. "
+    "hardware departure: where the slope of the time is not that of the count, beyond noise and by "
+    f"more than {fit.DEPARTURE}; cliff: a length off the law of its neighbours."
 )
 
 
@@ -31,9 +39,7 @@ def growth(found: Sequence[Comparison]) -> pd.DataFrame:
 
     Exponents of one or two processes come with an interval, too; it holds for these only.
     """
-    return pd.DataFrame(
-        [{**c.common, **_growth(curve)} for c in found for curve in c.curves if curve.lengths]
-    )
+    return pd.DataFrame([{**c.common, **_growth(curve)} for c in found for curve in c.curves])
 
 
 def crossovers(found: Sequence[Comparison]) -> pd.DataFrame:
@@ -43,8 +49,7 @@ def crossovers(found: Sequence[Comparison]) -> pd.DataFrame:
         for a, b, where in comparison.crossovers:
             after = where.smaller_after
             faster = None if after is None else (a, b)[after].arch
-            processes = min(a.points.processes, b.points.processes)
-            row = {"a": a.arch, "b": b.arch, "processes": processes, **vars(where)}
+            row = {"a": a.arch, "b": b.arch, **vars(where)}
             rows.append({**comparison.common, **row, "faster_after": faster})
     return pd.DataFrame(rows).drop(columns="smaller_after", errors="ignore")
 
@@ -53,15 +58,16 @@ def _growth(curve: Curve) -> dict[str, Any]:
     row: dict[str, Any] = {
         "arch": curve.arch,
         "lengths": len(curve.lengths),
-        "first": curve.lengths[0],
-        "last": curve.lengths[-1],
-        "processes": curve.points.processes,
+        "first": min(curve.lengths, default=None),
+        "last": max(curve.lengths, default=None),
+        "processes": curve.points.processes if curve.lengths else 0,
         "censored": ", ".join(f"{status} at {n:,.0f}" for n, status in curve.censored),
     }
     if not curve.fits:
-        return {**row, "measured": f"no fit: {len(curve.lengths)} of {FEWEST} lengths"}
+        short = f"no fit: {len(curve.lengths)} of {FEWEST} lengths"
+        return {**row, "measured": short if curve.lengths else "no time"}
     laws = curve.points.growth()
-    cliffs = fit.cliffs(curve.lengths, curve.ms)
+    cliffs = fit.cliffs(curve.lengths, curve.ms) if curve.judged else []
     return {
         **row,
         "counted_flops": _counted_class(curve, "flops"),
@@ -98,7 +104,9 @@ def _departure(curve: Curve) -> str:
     runs = fit.departures(curve.lengths, curve.ms, curve.counted)
     said = [_run(run, curve) for run in reversed(runs)]
     more = [f"{len(said) - 2} more"] if len(said) > 2 else []
-    return "; ".join(said[:2] + more) or "none"
+    tail = curve.points.exponent(curve.points.tail)
+    coarse = tail.high is not None and tail.high - tail.value > fit.DEPARTURE
+    return "; ".join(said[:2] + more) or ("none beyond noise" if coarse else "none")
 
 
 def _run(run: fit.Departure, curve: Curve) -> str:
@@ -143,9 +151,9 @@ def _escaped(cell: str) -> str:
 def _rows(comparison: Comparison) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
     """Title, header and rows of a comparison's tables: growth and crossovers."""
     made = []
-    if rows := [_growth_row(_growth(curve), curve) for curve in comparison.curves if curve.lengths]:
-        along = "position" if comparison.along == "position" else "length T"
-        made.append((f"growth with {along}", GROWTH, rows))
+    rows = [_growth_row(_growth(curve), curve) for curve in comparison.curves]
+    along = "position" if comparison.along == "position" else "length T"
+    made.append((f"growth with {along}", GROWTH, rows))
     if rows := [_crossover_row(a, b, where) for a, b, where in comparison.crossovers]:
         made.append(("crossovers", CROSSOVERS, rows))
     return made
@@ -156,31 +164,49 @@ def _growth_row(row: dict[str, Any], curve: Curve) -> list[str]:
     censored = f" ({row['censored']})" if row["censored"] else ""
     if not curve.fits:
         return [name, "", row["measured"] + censored, "", "", ""]
-    misses = f", off by {row['misfit']:.0%}" if row["misfit"] > MISFIT else ""
-    tail = f"{row['tail_value']:.2f}"
-    if curve.judged:
-        tail += f" [{row['tail_low']:.2f}, {row['tail_high']:.2f}]"
     counted = row["tail_counted"]
+    tail = _exponent(row["tail_value"])
+    if curve.judged:
+        tail += f" [{_exponent(row['tail_low'])}, {_exponent(row['tail_high'])}]"
+    cliffs = f"; cliff at {row['cliffs']}" if row["cliffs"] else ""
     return [
         name,
         row[f"counted_{curve.decides}"] or "-",
-        row["measured"] + misses + censored,
+        row["measured"] + _doubts(row) + censored,
         tail,
-        "-" if counted is None else f"{counted + 0:.2f}",
-        row["departure"],
+        "-" if counted is None else _exponent(counted),
+        row["departure"] + cliffs,
     ]
+
+
+def _doubts(row: dict[str, Any]) -> str:
+    """How sure the class is, where it is not."""
+    count = row["processes"]
+    said = "" if count >= JUDGED else f" ({count} process{'es' if count > 1 else ''})"
+    if row["measured"].startswith("cannot separate"):
+        said += f" (evidence ratio {row['evidence_ratio']:.1f})"
+    return said + (f", off by {row['misfit']:.0%}" if row["misfit"] > MISFIT else "")
+
+
+def _exponent(value: float) -> str:
+    return f"{round(value, 2) + 0:.2f}"  # never -0.00
 
 
 def _crossover_row(a: Curve, b: Curve, where: fit.Crossover) -> list[str]:
     names = [NAMES.get(curve.arch, curve.arch) for curve in (a, b)]
     faster = "" if where.smaller_after is None else names[where.smaller_after]
     if where.length is None or where.low is None or where.high is None:
-        return [", ".join(names), where.verdict, "", faster and f"{faster} throughout"]
-    length = f"{where.length:,.0f}" + (" (extrapolated)" if where.verdict != "in range" else "")
-    sure = a.judged and b.judged
+        judged = "" if a.judged and b.judged else f" under {JUDGED} processes"
+        at = "throughout" if where.verdict == "none in range" else "where it can be told"
+        return [", ".join(names), where.verdict + judged, "", faster and f"{faster} {at}"]
+    length = f"{where.length:,.0f}"
+    if where.verdict == "extrapolated":
+        length += " (extrapolated)"
+    elif where.crossings > 1:
+        length += f" (last of {where.crossings})"
     return [
         ", ".join(names),
         length,
-        f"{where.low:,.0f} to {where.high:,.0f}" if sure else f"none under {JUDGED} processes",
-        faster,
+        f"{where.low:,.0f} to {where.high:,.0f}",
+        faster or "neither for sure",
     ]

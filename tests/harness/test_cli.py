@@ -84,14 +84,35 @@ def test_cost_status_export_plot(here, tmp_path):
 
     code, out, err = here("plot")
     assert code == 0, err
-    figures = out.split()
-    assert figures
+    assert "no fit: 2 of 4 lengths" in out
+    figures = re.findall(r"^runs/cost/figures/.*$", out, flags=re.MULTILINE)
+    assert len(figures) == 7  # three figures of two files each, summary.md
     assert all((tmp_path / figure).exists() for figure in figures)
     code, out, err = here("plot", "a.jsonl", "--out", "elsewhere")
     assert code == 0, err
     assert {p.name for p in (tmp_path / "elsewhere").iterdir()} == {
         figure.rpartition("/")[2] for figure in figures
     }
+
+
+def test_replicates_are_fitted_and_the_fits_come_as_json(here):
+    lengths = [part for n in (16, 32, 64, 128) for part in ("--length", n)]
+    code, out, err = here("cost", "sweep.toml", *lengths, "--replicates", "3", "--out", "runs/a")
+    assert code == 0, err
+    assert "fits and figures: seqscale plot runs/a" in out
+    code, out, err = here("plot", "runs/a", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [row["arch"] for row in document["growth"]] == ["mamba2", "hyena"]
+    assert [row["processes"] for row in document["growth"]] == [3, 3]
+    assert all(row["tail_low"] < row["tail_value"] < row["tail_high"] for row in document["growth"])
+    (pair,) = document["crossovers"]
+    assert (pair["a"], pair["b"]) == ("mamba2", "hyena")
+    assert len(document["figures"]) == 7
+    code, out, err = here("plot", "runs/a")
+    assert code == 0, err
+    assert "tail exponent" in out
+    assert "Mamba-2, Hyena" in out
 
 
 def test_json_is_one_document_and_all_else_is_on_standard_error(here):

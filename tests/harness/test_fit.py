@@ -90,9 +90,11 @@ def test_the_class_is_right_or_not_separated(name):
     law, generator = TRUTHS[name], np.random.default_rng(seed(name))
     found = [fit.classify(LENGTHS, noisy(law, generator)) for _ in range(DRAWS)]
     open_ = sum(len(g.leading) > 1 for g in found)
-    wrong = sum(len(g.leading) == 1 and g.name != name for g in found)
+    wrong = sum(len(g.leading) == 1 and name not in g.name.split(" or ") for g in found)
+    vague = sum(" or " in g.name for g in found)
     assert wrong / DRAWS <= 0.05
     assert open_ / DRAWS <= 0.6
+    assert vague / DRAWS <= 0.2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 3.0, 10.0])
@@ -215,12 +217,60 @@ def test_two_crossings_give_the_last_and_say_so():
     assert found.smaller_after == 1
 
 
+def test_what_noise_hides_at_one_end_is_not_called_none():
+    noise = np.exp([-0.3, 0.0, 0.3])
+    apart = [-0.05, 0.4, 0.8, 1.2, 1.6, 2.0, 2.4, 2.8]
+    found = fit.crossover(LENGTHS, [np.exp(d) * noise for d in apart], [noise for _ in apart])
+    assert (found.verdict, found.smaller_after) == ("cannot separate", 1)
+
+
+def test_curves_that_meet_again_at_the_end_name_nobody_faster_beyond():
+    apart = [-0.5, -0.4, -0.2, 0.2, 0.4, 0.3, 0.2, -0.001]
+    noise = np.exp([-0.03, 0.0, 0.03])
+    found = fit.crossover(LENGTHS, [np.exp(d) * noise for d in apart], [noise for _ in apart])
+    assert (found.verdict, found.crossings, found.smaller_after) == ("in range", 1, None)
+
+
+def test_exact_curves_that_touch_do_not_cross():
+    for touch in (0, 4):
+        a = [2.0 * n for n in LENGTHS]
+        b = [(2.0 if i == touch else 1.0) * n for i, n in enumerate(LENGTHS)]
+        assert fit.crossover(LENGTHS, a, b).crossings == 0
+
+
+def test_a_length_of_unknown_noise_makes_nothing_sure():
+    generator = np.random.default_rng(13)
+    for _ in range(20):
+        a, b = (several(TRUTHS["n"], generator, 5, 0.05) for _ in range(2))
+        a[-1] = a[-1][:1]
+        assert fit.crossover(LENGTHS, a, b).verdict == "cannot separate"
+        assert fit.cliffs(LENGTHS, a) == []
+        tail = fit.tail_exponent(LENGTHS, a)
+        assert (tail.low, tail.high) == (None, None)
+        assert fit.departures(LENGTHS, a, [n**2 for n in LENGTHS]) == []
+
+
+def test_a_sum_that_is_likelier_than_its_terms_alone_is_not_left_out():
+    generator = np.random.default_rng(14)
+    for count in (5, 6, 8):
+        for _ in range(100):
+            samples = noisy(TRUTHS["n + n²"], generator)[:count]
+            growth = fit.classify(LENGTHS[:count], samples)
+            if len(growth.leading) == 1 and growth.evidence_ratio is not None:
+                assert growth.evidence_ratio > 1
+
+
+def test_a_length_of_one_token_has_laws_too():
+    growth = fit.classify([1, 2, 4, 8, 16, 32], [3.0 * n for n in (1, 2, 4, 8, 16, 32)])
+    assert growth.name == "n"
+
+
 def test_a_cliff_is_found_where_it_is():
     generator = np.random.default_rng(4)
     smooth = noisy(TRUTHS["n + n²"], generator)
     assert fit.cliffs(LENGTHS, smooth) == []
     smooth[4] = 1.5 * smooth[4]
-    (cliff,) = [c for c in fit.cliffs(LENGTHS, smooth) if c.factor > 1]
+    (cliff,) = fit.cliffs(LENGTHS, smooth)  # and its neighbours are not blamed
     assert cliff.length == LENGTHS[4]
     assert cliff.factor == pytest.approx(1.5, rel=0.1)
 
@@ -240,6 +290,11 @@ def test_a_departure_is_said_with_its_lengths_and_exponents():
     assert head.measured < head.counted - 0.15
     assert tail.measured > tail.counted + 0.15
     assert tail.counted == pytest.approx(1)
+    # A tail that departs by too little between neighbours to be told from their noise.
+    noise = np.exp(0.3 * np.linspace(-1, 1, 9))
+    bent = [n**1.3 * noise for n in LENGTHS]
+    (run,) = fit.departures(LENGTHS, bent, LENGTHS)
+    assert (run.first, run.last) == (LENGTHS[4], LENGTHS[-1])
     same = noisy(lambda n: n / 256, generator)
     assert fit.departures(LENGTHS, same, [n / 256 for n in LENGTHS]) == []
 

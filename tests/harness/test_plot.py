@@ -58,7 +58,7 @@ def text_of(svg):
 
 def test_there_is_a_figure_of_each_kind_as_svg_and_png(drawn):
     names = [f"op_forward_d256_float32_torch_B1_{kind}" for kind in GROWTH]
-    names += ["model_decode_d256_float32_torch_B1", "training_loss"]
+    names += ["model_decode_d256_float32_torch_B1", "training_loss_1M"]
     files = [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
     assert list(drawn) == [*files, "summary.md"]
     assert all(p.stat().st_size > 10_000 for p in drawn.values() if p.suffix == ".png")
@@ -89,7 +89,7 @@ def test_every_figure_names_architectures_device_versions_and_commit(drawn):
             "model_decode_d256_float32_torch_B1",
             ["time a token, ms", "state a sequence, MiB", "position, tokens already read"],
         ),
-        ("training_loss", ["training loss, bits a byte", "1.000 M parameters"]),
+        ("training_loss_1M", ["1M parameters", "training loss, bits a byte", "1.000 M parameters"]),
     ],
 )
 def test_axes_have_units_and_marks_are_explained(drawn, name, words):
@@ -196,3 +196,11 @@ def test_one_length_is_drawn_too(tmp_path):
 def test_nothing_to_draw_says_what_to_run(tmp_path):
     with pytest.raises(plot.NothingToDrawError, match="run seqscale cost"):
         plot.draw(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_an_export_that_does_not_load_again_says_what_does(tmp_path, suffix):
+    path = tmp_path / f"cells{suffix}"
+    path.write_text("a,b")
+    with pytest.raises(plot.NothingToDrawError, match="a run directory, or a"):
+        plot.draw(path)

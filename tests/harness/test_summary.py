@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from harness import curves, summary
+from harness import curves, plot, summary
 from runs import write_curve
 
 
@@ -44,15 +44,41 @@ def test_censored_points_are_named_and_not_fitted(run):
     assert (row["lengths"], row["last"]) == (5, 4096)
 
 
-def test_a_cell_that_failed_once_of_three_is_no_end_of_the_curve(tmp_path):
-    write_curve(tmp_path, "rwkv7", linear)
-    directory = sorted((tmp_path / "records").glob("*.json"))[0]
-    record = json.loads(directory.read_text())
-    record.update(status="timeout", reason="slow", metrics={}, samples={})
-    directory.write_text(json.dumps(record))
-    ((curve,),) = [c.curves for c in curves.load(tmp_path)]
-    assert curve.censored == []
-    assert curve.points.processes == 2
+def test_the_curve_ends_where_one_process_of_three_did(tmp_path):
+    """The times of the two others would be those of the lucky."""
+    for status in ("timeout", "crashed"):
+        write_curve(tmp_path / status, "rwkv7", linear)
+        for path in (tmp_path / status / "records").glob("*.json"):
+            document = json.loads(path.read_text())
+            if document["case"]["seq_len"] == 16384 and document["case"]["replicate"] == 1:
+                document.update(status=status, reason="slow", metrics={}, samples={})
+                path.write_text(json.dumps(document))
+        ((curve,),) = [c.curves for c in curves.load(tmp_path / status)]
+        if status == "timeout":
+            assert curve.censored == [(16384, "timeout (1 of 3)")]
+            assert curve.lengths[-1] == 8192
+        else:  # a bug says nothing about the time of the others
+            assert (curve.censored, curve.lengths[-1], curve.points.processes) == ([], 16384, 2)
+
+
+def test_an_architecture_without_any_time_stands_in_the_table(tmp_path):
+    write_curve(tmp_path, "transformer", square, failed={256 << k: "oom" for k in range(7)})
+    write_curve(tmp_path, "mamba2", linear)
+    found = curves.load(tmp_path)
+    assert list(summary.growth(found)["measured"]) == ["no time", "n"]
+    assert "| Transformer |  | no time (oom at 256, " in summary.markdown(found)
+    assert plot.draw(tmp_path).paths
+
+
+def test_a_token_budget_and_constant_batches_in_one_directory_are_told_apart(tmp_path):
+    write_curve(tmp_path, "mamba2", linear, tokens=16384)
+    write_curve(tmp_path, "mamba2", linear, tokens=8192, lengths=(256, 512, 1024, 2048, 4096, 8192))
+    write_curve(tmp_path, "mamba2", linear, lengths=(256, 512, 1024, 2048))
+    write_curve(tmp_path, "mamba2", linear, lengths=(300, 600, 1200, 2400), batch=2)
+    found = {c.common["batch"]: c.curves[0].lengths for c in curves.load(tmp_path)}
+    assert list(found) == ["B·T = 16,384", "B·T = 8,192", "B = 1", "B = 2"]
+    assert found["B·T = 16,384"] == [256 << k for k in range(7)]
+    assert found["B = 1"] == [256, 512, 1024, 2048]
 
 
 def test_a_crossover_names_who_is_faster_beyond_it(run):
@@ -81,9 +107,11 @@ def test_one_process_is_not_judged(tmp_path):
     found = curves.load(tmp_path)
     assert set(summary.growth(found)["departure"]) == {"not judged under 3 processes"}
     text = summary.markdown(found)
-    assert "| Transformer | n² | n² | 2.0" in text
+    assert "| Transformer | n² | n² (1 process) | 2.0" in text
     assert "[" not in text.split("| Transformer |")[1].split("\n")[0]
-    assert "none under 3 processes | Mamba-2 |" in text
+    assert "| Transformer, Mamba-2 | not judged under 3 processes |  |  |" in text
+    (row,) = summary.crossovers(found).to_dict("records")
+    assert (row["verdict"], row["length"], row["low"]) == ("not judged", None, None)
 
 
 def test_three_lengths_are_no_fit(tmp_path):
