@@ -152,7 +152,9 @@ def arrange(figure: Figure, title: str, footer: str) -> None:
 def _how_timed(comparison: Comparison) -> str:
     """What the points and bars of a figure of times are."""
     processes = _processes(comparison)
-    said = "Times: medians, bars from the 20th to the 80th percentile."
+    said = (
+        "Times: medians of one process, bars from the 20th to the 80th percentile of its samples."
+    )
     if processes != "1":
         said = (
             f"Times: geometric mean of the medians of {processes} processes, bars from the fastest "
