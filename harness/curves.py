@@ -14,7 +14,7 @@ import pandas as pd
 
 from harness import fit, record, report
 from harness.laws import FEWEST, Array
-from harness.points import Points
+from harness.points import Exponent, Points
 from harness.sweep import in_order
 
 # A curve ends where even one process ended so: the others' times would be those of the lucky.
@@ -74,9 +74,18 @@ class Curve:
         return bool(self.lengths) and self.points.processes >= JUDGED
 
     @property
+    def tail(self) -> Exponent:
+        """The exponent of the time over the longer half of the lengths."""
+        return self.points.exponent(self.points.tail)
+
+    @property
     def counted(self) -> list[float]:
         """What should decide the time; empty where it is unknown."""
-        values = self.cells[self.decides]
+        return self.known(self.decides)
+
+    def known(self, name: str) -> list[float]:
+        """A column of `cells`; empty where a value is missing or zero."""
+        values = self.cells[name]
         return values.tolist() if (values > 0).all() else []
 
 

@@ -67,12 +67,7 @@ def time(comparison: Comparison) -> Figure:
             _tail_line(left, curve, style)
     _reference_slopes(left, comparison)
     _crossings(left, comparison)
-    left.set_ylabel("time a sequence, ms")
-    right.set_ylabel("time a token, µs")
-    for axes in (left, right):
-        _finish(axes, comparison)
-    _legend(figure, left)
-    return figure
+    return _finished(figure, comparison, "time a sequence, ms", "time a token, µs")
 
 
 def exponent(comparison: Comparison) -> Figure:
@@ -85,9 +80,7 @@ def exponent(comparison: Comparison) -> Figure:
         aside = 2 ** (0.08 * (i - (len(drawn) - 1) / 2))
         middles = [aside * (e.first * e.last) ** 0.5 for e in slopes]
         values = np.array([e.value for e in slopes])
-        bars = None
-        if curve.judged:
-            bars = [[e.value - (e.low or e.value) for e in slopes]] * 2
+        bars = values - np.array([e.low for e in slopes], dtype=float) if curve.judged else None
         axes.errorbar(
             middles, values, yerr=bars, label=_name(curve), capsize=2, elinewidth=0.8, **style
         )
@@ -111,12 +104,7 @@ def memory(comparison: Comparison) -> Figure:
         peak = curve.cells["peak"].where(curve.cells["peak"] > 0)
         left.plot(curve.lengths, peak * batch / MIB, label=_name(curve), **style)
         right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
-    left.set_ylabel("peak memory of the batch, MiB")
-    right.set_ylabel("state a sequence, MiB")
-    for axes in (left, right):
-        _finish(axes, comparison)
-    _legend(figure, left)
-    return figure
+    return _finished(figure, comparison, "peak memory of the batch, MiB", "state a sequence, MiB")
 
 
 def decode(comparison: Comparison) -> Figure:
@@ -125,12 +113,7 @@ def decode(comparison: Comparison) -> Figure:
     for curve, style in _styled(comparison):
         _points(left, curve, style, curve.times, _name(curve))
         right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
-    left.set_ylabel("time a token, ms")
-    right.set_ylabel("state a sequence, MiB")
-    for axes in (left, right):
-        _finish(axes, comparison)
-    _legend(figure, left)
-    return figure
+    return _finished(figure, comparison, "time a token, ms", "state a sequence, MiB")
 
 
 def losses(runs: Sequence[Measurement]) -> Figure:
@@ -180,7 +163,7 @@ def _tail_label(curve: Curve) -> str:
     """The name with the tail exponent, and its interval where it is known."""
     if not curve.fits:
         return _name(curve)
-    tail = curve.points.exponent(curve.points.tail)
+    tail = curve.tail
     shown = f"{_name(curve)}: tail {tail.value:.2f}"
     return f"{shown} [{tail.low:.2f}, {tail.high:.2f}]" if curve.judged else shown
 
@@ -220,8 +203,7 @@ def _tail_line(axes: Axes, curve: Curve, style: dict[str, Any]) -> None:
     """The power law of the tail, broad and pale behind its points."""
     points = curve.points
     x, y = points.x[points.tail], points.centre[points.tail]
-    slope = points.exponent(points.tail).value
-    line = np.exp(y.mean() + slope * (x - x.mean()))
+    line = np.exp(y.mean() + curve.tail.value * (x - x.mean()))
     axes.plot(np.exp(x), line, color=style["color"], lw=5, alpha=0.25, zorder=1)
 
 
@@ -263,7 +245,16 @@ def _crossings(axes: Axes, comparison: Comparison) -> None:
         )
 
 
-def _finish(axes: Axes, comparison: Comparison) -> None:
+def _finished(figure: Figure, comparison: Comparison, *labels: str) -> Figure:
+    """A figure of logarithmic panels with their labels, axes and one legend."""
+    for axes, label in zip(figure.axes, labels, strict=True):
+        axes.set_ylabel(label)
+        _logarithmic(axes, comparison)
+    _legend(figure, figure.axes[0])
+    return figure
+
+
+def _logarithmic(axes: Axes, comparison: Comparison) -> None:
     axes.set_yscale("log")
     _length_axis(axes, comparison)
     low, high = axes.get_ylim()

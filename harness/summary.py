@@ -75,7 +75,7 @@ def _growth(curve: Curve) -> dict[str, Any]:
         "measured": laws.name,
         "evidence_ratio": laws.evidence_ratio,
         "misfit": laws.law.misfit,
-        **{f"tail_{k}": v for k, v in vars(fit.tail_exponent(curve.lengths, curve.ms)).items()},
+        **{f"tail_{k}": v for k, v in vars(curve.tail).items()},
         "tail_counted": _tail(curve, curve.decides),
         "tail_memory": _tail(curve, "peak"),
         "departure": _departure(curve),
@@ -84,15 +84,13 @@ def _growth(curve: Curve) -> dict[str, Any]:
 
 
 def _counted_class(curve: Curve, name: str) -> str | None:
-    values = curve.cells[name]
-    return simplest(curve.points.lengths, values.tolist()).name if (values > 0).all() else None
+    values = curve.known(name)
+    return simplest(curve.points.lengths, values).name if values else None
 
 
 def _tail(curve: Curve, name: str) -> float | None:
-    values = curve.cells[name]
-    if not (values > 0).all():
-        return None
-    return fit.tail_exponent(curve.lengths, values.tolist()).value
+    values = curve.known(name)
+    return fit.tail_exponent(curve.lengths, values).value if values else None
 
 
 def _departure(curve: Curve) -> str:
@@ -104,8 +102,7 @@ def _departure(curve: Curve) -> str:
     runs = fit.departures(curve.lengths, curve.ms, curve.counted)
     said = [_run(run, curve) for run in reversed(runs)]
     more = [f"{len(said) - 2} more"] if len(said) > 2 else []
-    tail = curve.points.exponent(curve.points.tail)
-    coarse = tail.high is not None and tail.high - tail.value > fit.DEPARTURE
+    coarse = curve.tail.high is not None and curve.tail.high - curve.tail.value > fit.DEPARTURE
     return "; ".join(said[:2] + more) or ("none beyond noise" if coarse else "none")
 
 
