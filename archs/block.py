@@ -6,7 +6,7 @@ and the closed form of the mixer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -62,9 +62,14 @@ class Block(nn.Module, ABC):
         depth: number of blocks in the stack.
         kind_index: place among the stack's blocks of the same architecture; default `layer_index`.
         backend: which implementation of the operations runs; a plain attribute.
+
+    Attributes:
+        operation: the sequence operation of `archs.ops` that `forward` calls, in blocks that call
+            one; a plain attribute, so that another function with its signature can stand in for it.
     """
 
     Config: ClassVar[type[BlockConfig]]
+    operation: Callable[..., Any]
 
     def __init__(
         self,

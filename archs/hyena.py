@@ -195,6 +195,7 @@ class HyenaBlock(Block):
             config, layer_index=layer_index, depth=depth, kind_index=kind_index, backend=backend
         )
         self.config = config
+        self.operation = long_conv
         width, signals = config.width, (config.order + 1) * config.width
         self.operator_norm = nn.LayerNorm(width, config.norm_eps)
         self.in_proj = nn.Linear(width, signals)  # x_0, ..., x_{N-1}, v
@@ -309,7 +310,7 @@ class HyenaBlock(Block):
             signals = self._short(self.in_proj(normed))[0].transpose(1, 2)
         gates, v = self._split(signals, 1)
         for o, gate in enumerate(reversed(gates[1:])):
-            v = long_conv(
+            v = self.operation(
                 v,
                 filters[o],
                 pre_gate=gate,
@@ -330,7 +331,7 @@ class HyenaBlock(Block):
         zs = []
         for o, gate in enumerate(reversed(gates[1:])):
             zs.append(gate * v)
-            v = long_conv(
+            v = self.operation(
                 zs[o],
                 filters[o],
                 post_gate=gates[0] if o == len(filters) - 1 else None,

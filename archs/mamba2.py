@@ -135,6 +135,7 @@ class Mamba2Block(Block):
             config, layer_index=layer_index, depth=depth, kind_index=kind_index, backend=backend
         )
         self.config = config
+        self.operation = ssd
         inner, channels, heads = config.inner_width, config.conv_channels, config.heads
         self.pre_norm = RMSNorm(config.width, config.norm_eps)
         self.in_proj = nn.Linear(config.width, inner + channels + heads, bias=False)
@@ -181,7 +182,7 @@ class Mamba2Block(Block):
         )
         u, b, c = self._split(mixed)
         log_decay, dt = self._discretise(dt)
-        y, ssm_state = ssd(
+        y, ssm_state = self.operation(
             u, log_decay, b, c, ssm_state, dt=dt, skip=self.D, backend=self.backend
         )  # (B, T, H, P)
         y = x + self.out_proj(self.norm(y.flatten(-2), z))  # (B, T, D)

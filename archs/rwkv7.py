@@ -229,6 +229,7 @@ class RWKV7Block(Block):
             config, layer_index=layer_index, depth=depth, kind_index=kind_index, backend=backend
         )
         self.config = config
+        self.operation = wkv7
         self.input_norm = self.final_norm() if layer_index == 0 else nn.Identity()
         self.time_norm = self.final_norm()
         self.channel_norm = self.final_norm()
@@ -318,7 +319,7 @@ class RWKV7Block(Block):
         if r.ndim == 3:
             assert state is not None
             return wkv7_step(r, log_decay_of(decay_logits), k, v, -kappa, kappa * rate, state)
-        return wkv7(
+        return self.operation(
             r,
             None,
             k,

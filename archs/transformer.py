@@ -131,6 +131,7 @@ class TransformerBlock(Block):
             config, layer_index=layer_index, depth=depth, kind_index=kind_index, backend=backend
         )
         self.config = config
+        self.operation = attention
         width, kv_width = config.width, config.key_value_heads * config.head_dim
         self.attention_norm = RMSNorm(width, config.norm_eps)
         self.query = nn.Linear(width, width, bias=False)
@@ -161,7 +162,7 @@ class TransformerBlock(Block):
         cos, sin = rotations(start, q, self.config.rope_base)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is None:
-            y = attention(q, k, v, window=self.config.window, backend=self.backend)
+            y = self.operation(q, k, v, window=self.config.window, backend=self.backend)
         else:
             y, state = self._attend(q, k, v, state)
         x = x + self.output(y.flatten(-2))
@@ -201,7 +202,7 @@ class TransformerBlock(Block):
             # query cannot tell.
             held = min(end, capacity)
             seen_k, seen_v = keys[:, :held], values[:, :held]
-        y = attention(q, seen_k, seen_v, window=window, backend=self.backend)
+        y = self.operation(q, seen_k, seen_v, window=window, backend=self.backend)
         return y, TransformerState(keys, values, end)
 
     def init_state(

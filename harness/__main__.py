@@ -55,6 +55,9 @@ def cost(
     size: Names = None,
     dtype: Names = None,
     backend: Names = None,
+    op: Names = None,
+    implementation: Names = None,
+    peers: Names = None,
     replicates: int | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -92,6 +95,13 @@ def cost(
         This type instead of the sweep's: float32, bfloat16, float16, float64.
     backend
         This backend instead of the sweep's: reference, torch, triton.
+    op
+        Only the architectures with this operation: attention, ssd, wkv7, long_conv.
+    implementation
+        This implementation instead of ours: mamba_ssm, sdpa-flash, fla; seqscale list names all.
+    peers
+        Measure each operation side by side with this implementation, or with all that can be
+        imported here: all.
     replicates
         Measure each cell so many times, each in its own process; from 3 on fits have intervals.
     device
@@ -111,6 +121,7 @@ def cost(
     """
     from harness import cost as cost_module
     from harness import sweep as sweep_module
+    from harness import versus
 
     if sweep is None and preset is None:
         raise UsageError("give a sweep file or --preset, as in: seqscale cost --preset quick")
@@ -125,6 +136,7 @@ def cost(
             sweep_module.load(sweep) if sweep else sweep_module.preset(str(preset)),
             level=level or (),
             phase=phase or (),
+            op=op or (),
             archs=arch,
             lengths=length,
             positions=position,
@@ -133,15 +145,18 @@ def cost(
             size=size,
             dtype=dtype,
             backend=backend,
+            implementation=implementation,
             replicates=replicates,
         )
-        cells = sweep_module.cells(grids, device)
+        cells, left_out = versus.joined(sweep_module.cells(grids, device), peers or (), device)
     except FileNotFoundError:
         raise UsageError(f"{sweep}: no such file") from None
     except IsADirectoryError:
         raise UsageError(f"{sweep} is a directory: give a TOML file") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
+    for name, reason in left_out.items():
+        _complain(f"left out: {name}: {reason}", 0)
     if dry_run:
         return _show_plan(cells, out, json)
     from harness.progress import SweepProgress
@@ -310,7 +325,7 @@ def _show_plan(cells: Sequence[Case], out: Path, as_json: bool) -> int:
 
 
 def _show_results(table: pd.DataFrame, out: Path, as_json: bool) -> int:
-    from harness import report
+    from harness import report, versus
     from harness.record import FAULTS
 
     broken = bool(table["status"].isin(FAULTS).any())
@@ -319,7 +334,7 @@ def _show_results(table: pd.DataFrame, out: Path, as_json: bool) -> int:
         _print_json({"out": str(out), "statuses": counts, "cells": report.documents(table)})
     else:
         console = _console()
-        for part in report.tables(table):
+        for part in [*report.tables(table), *versus.tables(table)]:
             console.print(part)
         for note in report.notes(table):
             console.print(note, highlight=False, markup=False)

@@ -107,11 +107,12 @@ def selection(
 
 
 def check_op_forward(
-    op: Op, inputs: Tensors, backend: Backend, function: Callable[[], Tensor]
+    op: Op, inputs: Tensors, backend: str, function: Callable[[], Tensor]
 ) -> Check:
     """The first and last tokens against the fold; a kernel also against `torch`.
 
     That last comparison is at full length, in float32 at least: a kernel may go wrong anywhere.
+    `backend` is one of ours, or the name of a peer, which counts as a kernel.
     """
     T = tokens_of(op, inputs)
     tail = min(OP_TAIL, T - OP_PREFIX)
@@ -145,7 +146,7 @@ def check_op_backward(
     leaves: Tensors,
     y: Tensor,
     cotangent: Tensor,
-    backend: Backend,
+    backend: str,
     function: Callable[[], tuple[Tensor, ...]],
 ) -> Check:
     """Gradients against those of the fold.
@@ -206,7 +207,7 @@ def check_op_backward(
 
 
 def check_op_decode(
-    op: Op, token: Tensors, backend: Backend, function: Callable[[], tuple[Tensor, ...]]
+    op: Op, token: Tensors, backend: str, function: Callable[[], tuple[Tensor, ...]]
 ) -> Check:
     """Every result against the step in float64 on the same state."""
 
@@ -254,8 +255,8 @@ def is_own(op: Op, inputs: Tensors, name: str) -> bool:
     return inputs[name].shape[axis] == y.shape[y_axis]
 
 
-def is_kernel(backend: Backend) -> bool:
-    """Whether a backend is neither the definition nor plain PyTorch."""
+def is_kernel(backend: str) -> bool:
+    """Whether a backend or peer is neither the definition nor our plain PyTorch."""
     return backend not in ("reference", "torch")
 
 

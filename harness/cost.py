@@ -30,6 +30,7 @@ def run(
     threads: int | None = None,
     time_limit_s: float = 600.0,
     energy: bool = False,
+    peers: str | Sequence[str] = (),
     on_open: Callable[[RunDirectory], None] = lambda directory: None,
     on_start: Callable[[Case], None] = lambda case: None,
     on_finish: Callable[[Measurement, bool], None] = lambda measurement, known: None,
@@ -42,7 +43,10 @@ def run(
         device: "cpu", "cuda", or "auto": an NVIDIA GPU where there is one.
         threads: CPU threads for PyTorch; default: as it is.
         time_limit_s: for one cell; one that takes longer is recorded as "timeout".
-        energy: measure energy too (GPU only, 2 s longer a cell).
+        energy: measure energy too (GPU only, 2 s longer a cell; not in a comparison).
+        peers: names of libraries' implementations, or "all": each operation is measured side by
+            side with itself and with those that can be imported here (`harness.versus.joined`
+            says which cannot).
         on_open: called once with the opened run directory.
         on_start: called before each cell that is measured.
         on_finish: called for each cell with its measurement, and whether it was there before.
@@ -53,7 +57,7 @@ def run(
         OSError: `out` cannot be written.
         WorkerFailedError: no process that measures can be started.
     """
-    from harness import report
+    from harness import report, versus
     from harness.sweep import as_cells, resolve_device
 
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -61,7 +65,7 @@ def run(
     if not 0 < time_limit_s <= MAX_LIMIT_S:
         raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
     device = resolve_device(device)
-    cells = as_cells(sweep, device)
+    cells, _ = versus.joined(as_cells(sweep, device), peers, device)
     out = Path(out)
     with RunDirectory(out) as directory:
         on_open(directory)
@@ -90,15 +94,15 @@ def measure(
 
     workload = build(case, device)
     allowed = ALLOWED_ERROR[case.dtype]
-    before = _checked(workload.check(), allowed)
+    before = checked(workload.check(), allowed)
     metrics, samples = timing.observe(workload.function, device=device, energy=energy)
-    after = _checked(workload.check(), allowed)
+    after = checked(workload.check(), allowed)
     metrics |= {**workload.counted, "relative_error": max(before, after)}
-    metrics["roofline_fraction"] = _attainment(case, metrics, device, ceilings)
+    metrics["roofline_fraction"] = attainment(case, metrics, device, ceilings)
     return metrics, samples
 
 
-def _attainment(case: Case, metrics: Metrics, device: str, measured: Mapping[str, float]) -> float:
+def attainment(case: Case, metrics: Metrics, device: str, measured: Mapping[str, float]) -> float:
     """The lower bound of a cell's time over its time.
 
     Before a time is called impossible, the ceilings are measured again some times: others' load
@@ -129,7 +133,12 @@ def _attainment(case: Case, metrics: Metrics, device: str, measured: Mapping[str
     return fraction(best)
 
 
-def _checked(error: float, allowed: float) -> float:
+def checked(error: float, allowed: float) -> float:
+    """The error of a result, if it is one that is allowed.
+
+    Raises:
+        WrongResultError: it is not.
+    """
     if not error <= allowed:  # NaN is wrong too
         raise WrongResultError(f"relative error {error:.1e} against the reference, not {allowed:g}")
     return error

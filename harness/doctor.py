@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import subprocess
@@ -40,8 +39,11 @@ class Check(NamedTuple):
 
 
 def examine() -> list[Check]:
-    """All checks, in order; none of them raises."""
-    return [_guarded(name, check) for name, check in CHECKS.items()]
+    """All checks, in order, then one a peer; none of them raises."""
+    from harness.peers import PEERS
+
+    peers = {f"peer {name}": _peer(name) for name in PEERS}
+    return [_guarded(name, check) for name, check in {**CHECKS, **peers}.items()]
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -141,16 +143,18 @@ def _backends() -> Check:
     return Check("backends", True, "; ".join(said))
 
 
-def _peer(name: str, package: str, module: str, remedy: str) -> Callable[[], Check]:
+def _peer(name: str) -> Callable[[], Check]:
+    """A library's implementation, which nothing needs but a run that asks for it."""
+
     def check() -> Check:
-        found = installed_version(package)
-        if found is None:
-            return Check(name, False, "not installed; needed only for side-by-side runs", remedy)
-        try:
-            importlib.import_module(module)
-        except (ImportError, RuntimeError, OSError) as error:
-            return Check(name, False, one_line(f"{found}, does not import here: {error}"))
-        return Check(name, True, found)
+        import torch
+
+        from harness.peers import PEERS
+
+        peer = PEERS[name]
+        reason = peer.unavailable("cuda" if torch.cuda.is_available() else "cpu")
+        said = f"{peer.op} by {peer.package} {peer.version or '(not installed)'}"
+        return Check(f"peer {name}", reason is None, said if reason is None else reason)
 
     return check
 
@@ -204,15 +208,6 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "Triton interpreter": _interpreter,
     "backends": _backends,
     "NVML": _nvml,
-    "mamba-ssm": _peer(
-        "mamba-ssm",
-        "mamba-ssm",
-        "mamba_ssm",
-        "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1 (with nvcc)",
-    ),
-    "flash-linear-attention": _peer(
-        "flash-linear-attention", "fla-core", "fla.ops", "pip install fla-core"
-    ),
     "cores and memory": _memory,
     "CPU measuring": _peak,
     "load": _load,

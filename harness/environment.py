@@ -23,6 +23,7 @@ FINGERPRINT = (
 FOREIGN_LOAD = 0.5  # of our cores that others may use before a time counts as disturbed
 # The modules of the harness that decide what is timed, and how.
 MEASURING = ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload")
+CALLING = ("harness.peers", "harness.peer_calls")  # likewise of a peer
 
 
 def same_place(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -78,17 +79,19 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def code_hash(arch: str) -> str:
+def code_hash(arch: str, implementation: str = "ours") -> str:
     """16 hexadecimal digits over the sources behind a number of an architecture or hybrid pattern.
 
     These are the modules of its blocks, the model around them, and all that they import of the
-    same packages; a plug-in's own sources likewise; and the modules that feed and time it.
+    same packages; a plug-in's own sources likewise; and the modules that feed and time it. Of a
+    peer also the modules that call it, and its library's version.
 
     Raises:
         ValueError: unknown architecture.
     """
     from archs import block_class
     from archs.model import expand_pattern
+    from harness.peers import PEERS
 
     modules = {block_class(name).__module__ for name in expand_pattern(arch)}
     modules.add("archs.model")
@@ -99,10 +102,12 @@ def code_hash(arch: str) -> str:
         if module not in sources and (path := _source(module)):
             sources[module] = path.read_bytes()
             modules |= {m for m in _imports(module, path) if m.partition(".")[0] in packages}
-    for module in MEASURING:  # these import every architecture: they are not followed
+    peer = PEERS.get(implementation)
+    # These import every architecture: they are not followed.
+    for module in (*MEASURING, *(CALLING if peer else ())):
         if path := _source(module):
             sources[module] = path.read_bytes()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(peer.version).encode() if peer else b"")
     for module in sorted(sources):
         digest.update(module.encode() + b"\0" + sources[module])
     return digest.hexdigest()[:16]

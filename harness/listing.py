@@ -8,8 +8,9 @@ from harness import sweep
 
 
 def everything() -> dict[str, Any]:
-    """Architectures (with plug-ins), backends, levels with their phases, presets, types."""
+    """Architectures (with plug-ins), backends, peers, levels with their phases, presets, types."""
     from archs import architectures
+    from harness.peers import PEERS
 
     return {
         "architectures": {
@@ -17,6 +18,10 @@ def everything() -> dict[str, Any]:
             for name, block in architectures().items()
         },
         "backends": list(sweep.CHOICES["backend"]),
+        "peers": {
+            op: [peer.name for peer in PEERS.values() if peer.op == op]
+            for op in sweep.OPERATIONS.values()
+        },
         "phases": {level: list(phases) for level, phases in sweep.PHASES.items()},
         "dtypes": list(sweep.CHOICES["dtype"]),
         "presets": {
@@ -57,6 +62,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     said.append("levels and their phases")
     said += [f"  {level}: {', '.join(phases)}" for level, phases in found["phases"].items()]
     said.append("backends: " + ", ".join(found["backends"]))
+    said.append("peers, by operation (seqscale doctor says which run here)")
+    said += [f"  {op}: {', '.join(names)}" for op, names in found["peers"].items()]
     said.append("types: " + ", ".join(found["dtypes"]))
     said.append("sizes: d256 (a width), 5M (parameters, matched across architectures within 1 %)")
     return said

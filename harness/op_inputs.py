@@ -26,6 +26,7 @@ from archs.transformer import TransformerConfig
 
 Randn = Callable[..., Tensor]  # randn(*shape), float32, seeded, on the device
 Tensors = dict[str, Tensor]
+Operation = Callable[..., Any]  # with the signature of one in `archs.ops`
 
 
 class Axes(NamedTuple):
@@ -58,8 +59,8 @@ class Op(ABC):
         """Random inputs of T tokens."""
 
     @abstractmethod
-    def run(self, inputs: Tensors, backend: Backend) -> Tensor:
-        """The timed call: y of all tokens, from no state."""
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
+        """The timed call: y of all tokens, from no state; `operation` replaces ours."""
 
     @abstractmethod
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
@@ -74,8 +75,12 @@ class Op(ABC):
         """Random inputs of one token, and what the block keeps at `position` > 0."""
 
     @abstractmethod
-    def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
+    def step(
+        self, token: Tensors, backend: Backend, operation: Operation | None = None
+    ) -> tuple[Tensor, ...]:
         """The call that the block's step makes: y of one token, and the next state if it has one.
+
+        `operation` replaces ours where the step is a call of the operation: in attention.
 
         Raises:
             BackendUnavailableError: the block has no step of its own on this backend.
@@ -121,9 +126,9 @@ class AttentionOp(Op):
         """Q (B, T, H, K); k, v (B, T, H_kv, K)."""
         return self._qkv(B, T, T, randn)
 
-    def run(self, inputs: Tensors, backend: Backend) -> Tensor:
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, K)."""
-        return attention(**inputs, window=self.config.window, backend=backend)
+        return (operation or attention)(**inputs, window=self.config.window, backend=backend)
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """Directly: the last queries over all the keys that they can see."""
@@ -139,9 +144,11 @@ class AttentionOp(Op):
         seen = position + 1
         return self._qkv(B, 1, min(seen, self.config.window or seen), randn)
 
-    def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
+    def step(
+        self, token: Tensors, backend: Backend, operation: Operation | None = None
+    ) -> tuple[Tensor, ...]:
         """Attention of one query to the cache, written already."""
-        return (attention(**token, window=self.config.window, backend=backend),)
+        return (self.run(token, backend, operation),)
 
     def _qkv(self, B: int, T: int, S: int, randn: Randn) -> Tensors:
         sizes = {"q": (T, self.config.heads)}
@@ -171,29 +178,34 @@ class SSDOp(Op):
         config = self.config
         # As dt_bias starts: 1e-3 to 0.1.
         dt = F.softplus(randn(B, T, config.heads) - 4).to(self.wide)
-        decay = torch.linspace(config.decay_min, config.decay_max, config.heads, device=dt.device)
+        rate = self._rate(dt.device)
         b, c = (randn(B, T, config.groups, config.d_state).to(self.dtype) for _ in range(2))
         return {
             "x": randn(B, T, config.heads, config.head_dim).to(self.dtype),
-            "log_decay": -dt * decay.to(self.wide),
+            "log_decay": rate * dt,
             "b": b,
             "c": c,
             "dt": dt,
-            "skip": torch.ones_like(decay, dtype=self.dtype),
+            "skip": torch.ones_like(rate, dtype=self.dtype),
         }
 
-    def run(self, inputs: Tensors, backend: Backend) -> Tensor:
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, P)."""
-        return ssd(**inputs, backend=backend)[0]
+        return (operation or ssd)(**inputs, backend=backend)[0]
+
+    def express(self, inputs: Tensors) -> Tensors:
+        """What `ssd` takes, as a differentiable function of these inputs: themselves."""
+        return inputs
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """The fold from the state that `torch` reaches."""
         before, last = self._last(inputs, tokens)
+        weights = {name: x for name, x in inputs.items() if self.AXES[name].tokens is None}
         x, b = before["x"], before["b"]
         start = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[3])
         with torch.no_grad():
-            _, state = ssd(**before, state=start, backend="torch")
-        y, _ = ssd(**last, skip=inputs["skip"], state=state, backend="reference")
+            _, state = ssd(**self.express(before), state=start, backend="torch")
+        y, _ = ssd(**self.express({**last, **weights}), state=state, backend="reference")
         return last, y
 
     def token(self, B: int, position: int, randn: Randn) -> Tensors:
@@ -203,10 +215,48 @@ class SSDOp(Op):
         state = randn(*token["x"].shape, self.config.d_state).to(self.wide)
         return {**token, "state": state}
 
-    def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
-        """The recurrence, on either backend."""
+    def step(
+        self, token: Tensors, backend: Backend, operation: Operation | None = None
+    ) -> tuple[Tensor, ...]:
+        """The recurrence, on either backend; it is no call of `ssd`."""
         fold_steps_only("mamba2 step", backend)
         return ssd_step(**token)
+
+    def _rate(self, device: torch.device) -> Tensor:
+        """A (H,), as A_log may start."""
+        config = self.config
+        decay = torch.linspace(config.decay_min, config.decay_max, config.heads, device=device)
+        return -decay.to(self.wide)
+
+
+class SSDRateOp(SSDOp):
+    """State space dual from the rate A (H,) and dt, of which log_decay is the product.
+
+    The leaves of an implementation that forms log_decay itself. Gradients are then those of A and
+    dt, where ours, as Mamba-2's block calls it, has those of log_decay and dt.
+    """
+
+    AXES: ClassVar = {
+        **{name: axes for name, axes in SSDOp.AXES.items() if name != "log_decay"},
+        "rate": Axes(heads=0),
+    }
+
+    def inputs(self, B: int, T: int, randn: Randn) -> Tensors:
+        """As `SSDOp`, with rate (H,) in place of log_decay."""
+        inputs = super().inputs(B, T, randn)
+        del inputs["log_decay"]
+        return {**inputs, "rate": self._rate(inputs["dt"].device)}
+
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
+        """Y (B, T, H, P); only `operation` is called with these inputs themselves."""
+        if operation is None:
+            return super().run(self.express(inputs), backend)
+        return operation(**inputs, log_decay=None, backend=backend)[0]
+
+    def express(self, inputs: Tensors) -> Tensors:
+        """What `ssd` takes: log_decay is rate * dt."""
+        others = {name: x for name, x in inputs.items() if name != "rate"}
+        return {**others, "log_decay": inputs["rate"] * inputs["dt"]}
 
 
 class WKV7Op(Op):
@@ -231,9 +281,9 @@ class WKV7Op(Op):
         inputs = {name: x.to(self.dtype) for name, x in activations.items()}
         return {**inputs, "decay_logits": randn(*shape).to(self.wide)}
 
-    def run(self, inputs: Tensors, backend: Backend) -> Tensor:
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, N)."""
-        return wkv7(**inputs, log_decay=None, backend=backend)[0]
+        return (operation or wkv7)(**inputs, log_decay=None, backend=backend)[0]
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """The fold from the state that `torch` reaches."""
@@ -251,8 +301,10 @@ class WKV7Op(Op):
         state = randn(*token["r"].shape, self.config.head_dim).to(self.wide)
         return {**token, "state": state}
 
-    def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
-        """The recurrence, on either backend."""
+    def step(
+        self, token: Tensors, backend: Backend, operation: Operation | None = None
+    ) -> tuple[Tensor, ...]:
+        """The recurrence, on either backend; it is no call of `wkv7`."""
         fold_steps_only("rwkv7 step", backend)
         others = {name: x for name, x in token.items() if name != "decay_logits"}
         return wkv7_step(log_decay=log_decay_of(token["decay_logits"]), **others)
@@ -284,9 +336,9 @@ class LongConvOp(Op):
         inputs = {name: x.to(self.dtype) for name, x in {**signals, **weights}.items()}
         return {**inputs, "filter": self._filter(T, randn)}
 
-    def run(self, inputs: Tensors, backend: Backend) -> Tensor:
+    def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, D, T)."""
-        return long_conv(**inputs, backend=backend)
+        return (operation or long_conv)(**inputs, backend=backend)
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """The direct sums of the last tokens over the whole past."""
@@ -324,8 +376,10 @@ class LongConvOp(Op):
         token = {name: x.to(self.dtype) for name, x in inputs.items()}
         return {**token, "taps": self._filter(position + 1, randn).flip(1)}
 
-    def step(self, token: Tensors, backend: Backend) -> tuple[Tensor, ...]:
-        """The direct sum, on either backend; y, and z to append to the history."""
+    def step(
+        self, token: Tensors, backend: Backend, operation: Operation | None = None
+    ) -> tuple[Tensor, ...]:
+        """The direct sum, not a call of `long_conv`; y, and z to append to the history."""
         fold_steps_only("hyena step", backend)
         return long_conv_step(**token)
 
@@ -345,3 +399,5 @@ OPS: dict[str, Callable[[Any, torch.dtype], Op]] = {
     "rwkv7": WKV7Op,
     "hyena": LongConvOp,
 }
+# Peers (`harness.peers`) that take other leaves than our operation does.
+PEER_OPS: dict[str, Callable[[Any, torch.dtype], Op]] = {"mamba_ssm": SSDRateOp}

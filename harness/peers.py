@@ -1,54 +1,210 @@
-"""Library implementations of the same operations, for side-by-side runs; each loaded lazily."""
+"""Library implementations of our operations: what there is, and what can be imported here.
 
-import sys
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+A peer is measured beside ours (`harness.versus`), or stands in for ours inside a block, where it is
+asked for by name. How each is called is in `harness.peer_calls`.
+"""
 
-from torch import Tensor
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-INSTALL_MAMBA_SSM = (
-    "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
-    "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1"
+from torch.nn.attention import SDPBackend
+
+from archs.block import Block
+from archs.ops.attention import attention
+from archs.ops.long_conv import long_conv
+from archs.ops.ssd import ssd
+from archs.ops.wkv7 import DECAY_BOUND, wkv7
+from harness import peer_calls
+from harness.environment import installed_version
+from harness.peer_calls import (
+    INSTALL_MAMBA_SSM,
+    PeerUnavailableError,
+    import_mamba_ssm,
+    ssd_minimal_discrete,
 )
+from harness.worker import one_line
+
+__all__ = [
+    "OURS",
+    "PEERS",
+    "Peer",
+    "PeerUnavailableError",
+    "StandIn",
+    "import_mamba_ssm",
+    "restore",
+    "ssd_minimal_discrete",
+    "stand_in",
+]
+
+# What peers stand in for.
+OURS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "ssd": ssd,
+    "wkv7": wkv7,
+    "long_conv": long_conv,
+}
 
 
-class PeerUnavailableError(ImportError):
-    """A library to compare with is not installed; the message says how to install it."""
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A library's implementation of one of our operations."""
+
+    name: str  # as in `Case.implementation`
+    op: str  # attention | ssd | wkv7 | long_conv
+    package: str  # the distribution whose version counts
+    options: Mapping[str, Any]  # with which it is called, for the record
+    call: Callable[..., Any]  # the operation's arguments but `backend`; see `harness.peer_calls`
+    load: Callable[[], object]  # imports what `call` needs
+    remedy: str = ""  # how it is installed
+    needs_gpu: bool = True
+
+    @property
+    def version(self) -> str | None:
+        """The installed version, or None."""
+        return installed_version(self.package)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a token can be decoded with it: attention's step is the same call."""
+        return self.op == "attention"
+
+    def unavailable(self, device: str) -> str | None:
+        """Why it cannot run on "cpu" or "cuda", in one line with the remedy; None if it can."""
+        if self.needs_gpu and device != "cuda":
+            return "needs an NVIDIA GPU"
+        try:
+            self.load()
+        except PeerUnavailableError as error:  # its message ends with the command
+            return one_line(f"not importable because {error}")
+        except Exception as error:  # a library may raise anything while it is imported
+            said = f"not importable because {type(error).__name__}: {error}"
+            return one_line(f"{said}; {self.remedy}" if self.remedy else said)
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """What a measurement's environment says of it."""
+        return {"package": self.package, "version": self.version, "options": dict(self.options)}
 
 
-@cache
-def ssd_minimal_discrete() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Listing 1 of the Mamba-2 paper (arXiv 2405.21060), as mamba-ssm ships it.
+def _importing(module: str) -> Callable[[], object]:
+    return lambda: importlib.import_module(module)
 
-    Returns:
-        A function (X, A, B, C, block_len, initial_states=None) -> (Y, final_state): X (B, T, H, P)
-        already multiplied by dt; A (B, T, H), the log-decay; B and C (B, T, H, N); initial_states
-        (B, 1, H, P, N); final_state (B, H, P, N); T a multiple of block_len.
+
+def _sdpa(name: str, kernel: SDPBackend, *, needs_gpu: bool = True) -> Peer:
+    """PyTorch's attention by one kernel."""
+    return Peer(
+        name=name,
+        op="attention",
+        package="torch",
+        options={"sdpa_kernel": kernel.name, "is_causal": "T = S", "causal_lower_right": "T < S"},
+        call=peer_calls.sdpa(kernel),
+        load=_importing("torch"),
+        needs_gpu=needs_gpu,
+    )
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, needs_gpu=False),
+        _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+        _sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
+        _sdpa("sdpa-math", SDPBackend.MATH, needs_gpu=False),
+        Peer(
+            name="flash-attn",
+            op="attention",
+            package="flash-attn",
+            options={"causal": True, "T = 1": "flash_attn_with_kvcache"},
+            call=peer_calls.flash_attn,
+            load=_importing("flash_attn"),
+            remedy="run: pip install --no-build-isolation flash-attn",
+        ),
+        Peer(
+            name="mamba_ssm",
+            op="ssd",
+            package="mamba-ssm",
+            options={"chunk_size": peer_calls.MAMBA_CHUNK},
+            call=peer_calls.mamba_ssm,
+            load=import_mamba_ssm,
+            remedy=f"run: {INSTALL_MAMBA_SSM}",
+        ),
+        Peer(
+            name="ssd-minimal",
+            op="ssd",
+            package="mamba-ssm",
+            options={"block_len": peer_calls.MINIMAL_BLOCK},
+            call=peer_calls.ssd_minimal,
+            load=ssd_minimal_discrete,
+            remedy=f"run: {INSTALL_MAMBA_SSM}",
+            needs_gpu=False,
+        ),
+        Peer(
+            name="fla",
+            op="wkv7",
+            package="fla-core",
+            options={"lower_bound": -DECAY_BOUND, "chunk_size": "its own for that bound: 64"},
+            call=peer_calls.fla,
+            load=_importing("fla.ops.rwkv7"),
+            remedy="run: pip install fla-core",
+        ),
+        Peer(
+            name="torch-fft",
+            op="long_conv",
+            package="torch",
+            options={"n": "2 T", "short_filters": "torch.nn.functional.conv1d"},
+            call=peer_calls.torch_fft,
+            load=_importing("torch"),
+            needs_gpu=False,
+        ),
+        Peer(
+            name="flashfftconv",
+            op="long_conv",
+            package="flashfftconv",
+            options={
+                "seqlen": "the least power of two >= 2 T",
+                "pregate, postgate": "fused",
+                "short_filters": "torch.nn.functional.conv1d",
+            },
+            call=peer_calls.flashfftconv,
+            load=_importing("flashfftconv"),
+            remedy="see https://github.com/HazyResearch/flash-fft-conv",
+        ),
+    )
+}
+
+
+class StandIn:
+    """A peer with the signature of the operation that it stands in for."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    def __call__(self, *arguments: Any, backend: str, **options: Any) -> Any:
+        """The peer's call; whatever the backend is, it governs the other operations alone."""
+        return self.peer.call(*arguments, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
+        return self  # it holds nothing that changes
+
+
+def stand_in(peer: Peer, blocks: Iterable[Block]) -> None:
+    """Put a peer in place of the operation of every block that calls ours.
 
     Raises:
-        PeerUnavailableError: mamba-ssm is not installed.
+        NotImplementedError: no block does.
     """
-    package = find_spec("mamba_ssm")
-    if package is None or not package.submodule_search_locations:
-        raise PeerUnavailableError(f"mamba-ssm is not installed; run: {INSTALL_MAMBA_SSM}")
-    path = Path(package.submodule_search_locations[0], "modules", "ssd_minimal.py")
-    # Importing the package needs its CUDA extension, so the file is executed by itself. It takes
-    # one kernel from the package, which only its self-test calls.
-    stand_in = ModuleType("mamba_ssm.ops.triton.ssd_combined")
-    stand_in.mamba_chunk_scan_combined = None  # type: ignore[attr-defined]
-    spec = spec_from_file_location("mamba_ssm_ssd_minimal", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    before = sys.modules.get(stand_in.__name__)
-    sys.modules[stand_in.__name__] = stand_in
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[stand_in.__name__]
-        if before is not None:
-            sys.modules[stand_in.__name__] = before
-    return module.ssd_minimal_discrete
+    calling = [b for b in blocks if getattr(b, "operation", None) is OURS[peer.op]]
+    if not calling:
+        raise NotImplementedError(f"{peer.name} implements {peer.op}, which no block here calls")
+    for block in calling:
+        block.operation = StandIn(peer)
+
+
+def restore(blocks: Iterable[Block]) -> None:
+    """Give blocks our operation back, where a peer stands in for it."""
+    for block in blocks:
+        operation = getattr(block, "operation", None)
+        if isinstance(operation, StandIn):
+            block.operation = OURS[operation.peer.op]

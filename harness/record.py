@@ -38,6 +38,9 @@ STATUSES = (
     "error",
 )
 FAULTS = frozenset({"crashed", "wrong", "error"})  # something is broken; the rest are results
+# Implementations that are no library's; the second is ours once more beside ours: its ratio to
+# ours is the noise of a comparison.
+OURS, AGAIN = "ours", "ours again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class Case:
     size: str  # "d256": width 256; "1M": matched to that many parameters
     dtype: str = "float32"
     backend: Backend = "torch"
-    implementation: str = "ours"
+    implementation: str = OURS  # or AGAIN, or a name in `harness.peers`
     seed: int = 0
     replicate: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,10 +75,11 @@ class Case:
     def label(self) -> str:
         """One line for people."""
         where = f"T={self.seq_len}" if self.position is None else f"position {self.position}"
+        whose = "" if self.implementation == OURS else f" {self.implementation}"
         again = f" replicate {self.replicate}" if self.replicate else ""
         return (
             f"{self.arch} {self.level} {self.phase} {where} B={self.batch} {self.size} "
-            f"{self.dtype} {self.backend}{again}"
+            f"{self.dtype} {self.backend}{whose}{again}"
         )
 
 
@@ -107,7 +111,10 @@ class Measurement:
 
 
 # Of the environment, what stands in a row.
-PLACES = (*FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc", "stable")
+PLACES = (
+    *FINGERPRINT, "commit", "dirty", "code_hash", "session", "process", "utc", "stable",
+    "comparison",
+)  # fmt: skip
 
 
 class Damaged(NamedTuple):

@@ -16,6 +16,7 @@ from rich.table import Table
 from harness import record
 from harness.environment import FOREIGN_LOAD
 from harness.fit import local_exponents
+from harness.record import AGAIN, OURS
 from harness.sweep import CHOICES, in_order
 
 # What tables and figures read of a cost cell.
@@ -95,7 +96,7 @@ def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]
     Besides `CURVE` that is the batch, or the number of tokens B * T where the batch varies: a
     constant token budget.
     """
-    cost = cells[cells["kind"] == "cost"]
+    cost = cells[(cells["kind"] == "cost") & (cells["implementation"] != AGAIN)]
     for values, part in cost.groupby(list(CURVE), sort=False, dropna=False):
         common = dict(zip(CURVE, values, strict=True))
         for batch, same in _schemes(part):
@@ -122,11 +123,16 @@ def _schemes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def tables(cells: pd.DataFrame) -> list[Table]:
-    """The summary for a terminal: a table a curve, then the training runs."""
+    """The summary for a terminal: a table a curve, then the training runs.
+
+    What was measured side by side has tables of its own: `harness.versus.tables`.
+    """
     found = []
-    for common, part in curves(cells):
+    for common, part in curves(cells[cells["comparison"].isna()]):
         along = "position" if common["phase"] == "decode" else "seq_len"
         what = "{level} {phase}, {size}, {batch}, {dtype}, {backend}".format(**common)
+        if common["implementation"] != OURS:
+            what += f", {common['implementation']}"
         found.append(_growth_table(what, part, along))
     runs = cells[cells["kind"] == "loss"]
     if len(runs):
@@ -155,14 +161,14 @@ def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
         failed = mine[mine["status"] != "ok"].groupby(along)["status"].first().to_dict()
         times = numbers["time_ms_p50"] / numbers["batch"]
         shown = [
-            str(failed[length]) if length in failed else _number(time)
+            str(failed[length]) if length in failed else number(time)
             for length, time in zip(lengths, times, strict=True)
         ]
         table.add_row(arch, "ms a token" if along == "position" else "ms a sequence", *shown)
         table.add_row("", "local exponent", *_exponent_cells(lengths, times.tolist()))
-        table.add_row("", "peak memory (batch), MiB", *map(_mebibytes, numbers["peak_bytes"]))
+        table.add_row("", "peak memory (batch), MiB", *map(mebibytes, numbers["peak_bytes"]))
         state = numbers["state_bytes"] / numbers["batch"]
-        table.add_row("", "state a sequence, MiB", *map(_mebibytes, state), end_section=True)
+        table.add_row("", "state a sequence, MiB", *map(mebibytes, state), end_section=True)
     return table
 
 
@@ -176,11 +182,12 @@ def _exponent_cells(lengths: Sequence[float], times: Sequence[float]) -> list[st
     return cells
 
 
-def _mebibytes(value: float) -> str:
-    return _number(value / 2**20)
+def mebibytes(value: float) -> str:
+    """A number of bytes in MiB, as `number` shows it."""
+    return number(value / 2**20)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits, and never an exponent for a large number; "-" where there is none."""
     if not math.isfinite(value):
         return "-"

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from harness import versus
 from harness.environment import code_hash, same_place
-from harness.record import FAULTS, Case, Measurement, RunDirectory, write_atomically
+from harness.record import AGAIN, FAULTS, OURS, Case, Measurement, RunDirectory, write_atomically
 from harness.worker import OUT_OF_MEMORY, one_line
 
 START_LIMIT_S = 300  # to import PyTorch from a slow disk, or to measure the ceilings
@@ -168,7 +170,7 @@ class Settings(NamedTuple):
 
     device: str = "cpu"  # cpu | cuda
     threads: int | None = None  # CPU threads for PyTorch; None: as it is
-    time_limit_s: float = 600.0  # for one cell
+    time_limit_s: float = 600.0  # for one cell, and for each cell of a comparison
     energy: bool = False  # measure energy: a GPU is kept busy 2 s longer a cell
 
 
@@ -181,6 +183,7 @@ class Launcher:
         self.ceilings: dict[str, float] = {}
         self._worker: Worker | None = None
         self._replicate = 0
+        self._comparisons = 0
 
     @property
     def worker(self) -> Worker:
@@ -198,9 +201,7 @@ class Launcher:
 
     def measure(self, case: Case) -> Measurement:
         """Measure one cell; a measurement whatever it does."""
-        if case.replicate != self._replicate:  # a process of its own, or it replicates nothing
-            self._retire()
-            self._replicate = case.replicate
+        self._begin(case.replicate)
         worker = self.worker
         try:
             reply: dict[str, Any] = worker.ask(
@@ -212,14 +213,71 @@ class Launcher:
             )
         except WorkerFailedError as failure:
             self._worker = None
-            reply = {
-                "status": failure.status,
-                "reason": str(failure),
-                "detail": failure.detail,
-                "code_hash": code_hash(case.arch),
-            }
+            reply = _fault(case, failure)
         if reply["status"] not in HEALTHY:
             self._retire()
+        return self._measurement(case, worker, reply)
+
+    def compare(self, cases: Sequence[Case]) -> list[Measurement]:
+        """Measure the cells of a comparison in one process; a measurement of each.
+
+        Where that process dies or hangs each cell is tried in a process of its own. What comes of
+        those that are not well there stands, and the others are compared without them.
+        """
+        self._comparisons += 1
+        found: dict[str, Measurement] = {}
+        try:
+            found = self._compare(cases)
+        except WorkerFailedError as failure:
+            found = {case.key: self._alone(case) for case in cases}
+            rest = [case for case in cases if found[case.key].status == "ok"]
+            self._retire()
+            try:
+                if len(rest) == len(cases):  # none fails but beside the others
+                    raise failure
+                found |= self._compare(rest) if rest else {}
+            except WorkerFailedError as again:
+                found |= {case.key: _beside(found[case.key], again) for case in rest}
+        comparison = {"comparison": f"{self.session}-{self._comparisons}"}
+        return [
+            replace(m, environment={**m.environment, **comparison})
+            for m in (found[case.key] for case in cases)
+        ]
+
+    def _compare(self, cases: Sequence[Case]) -> dict[str, Measurement]:
+        """One attempt at a comparison, by the cells' keys."""
+        self._begin(cases[0].replicate)
+        worker = self.worker
+        try:
+            reply = worker.ask(
+                self.settings.time_limit_s * len(cases),
+                "compare",
+                cases=[case.asked() for case in cases],
+                ceilings=self.ceilings,
+            )
+        except WorkerFailedError:
+            self._worker = None
+            raise
+        if not all(result["status"] in HEALTHY for result in reply["results"]):
+            self._retire()
+        return {
+            case.key: self._measurement(case, worker, result)
+            for case, result in zip(cases, reply["results"], strict=True)
+        }
+
+    def _alone(self, case: Case) -> Measurement:
+        """One cell in a process of its own."""
+        self._retire()
+        return self.measure(case)
+
+    def _begin(self, replicate: int) -> None:
+        """Every replicate has a process of its own, or it replicates nothing."""
+        if replicate != self._replicate:
+            self._retire()
+            self._replicate = replicate
+
+    def _measurement(self, case: Case, worker: Worker, reply: dict[str, Any]) -> Measurement:
+        """The record of what a worker replied, or of its end."""
         place = {
             **worker.environment,
             "process": f"{self.session}-{worker.process.pid}",
@@ -227,6 +285,7 @@ class Launcher:
             "cell_s": reply.pop("cell_s", None),  # in the worker; null where it did not survive
             "session": self.session,
             "time_limit_s": self.settings.time_limit_s,
+            **_peer(case),
         }
         return Measurement(case=case, environment=place, **reply)
 
@@ -240,6 +299,37 @@ class Launcher:
 
     def __exit__(self, *_: object) -> None:
         self._retire()
+
+
+def _fault(case: Case, failure: WorkerFailedError) -> dict[str, Any]:
+    """A cell's record where its worker failed."""
+    return {
+        "status": failure.status,
+        "reason": str(failure),
+        "detail": failure.detail,
+        "code_hash": code_hash(*_code(case)),
+    }
+
+
+def _beside(alone: Measurement, failure: WorkerFailedError) -> Measurement:
+    """A cell's record where it is well alone, but no process survives the comparison."""
+    return replace(
+        alone,
+        status=failure.status,
+        reason=f"side by side, not alone: {failure}",
+        detail=failure.detail,
+        metrics={},
+        samples={},
+    )
+
+
+def _peer(case: Case) -> dict[str, Any]:
+    """Package, version and options of a peer; nothing of ours."""
+    if case.implementation in (OURS, AGAIN):
+        return {}
+    from harness.peers import PEERS
+
+    return {"peer": PEERS[case.implementation].record()}
 
 
 OnStart = Callable[[Case], None]
@@ -257,23 +347,33 @@ def run_cells(
     """Measure every cell of which `directory` holds no result from here.
 
     A result stands where device, software and code are those of now. Faults (crashed, wrong,
-    error) are tried again, and so is a time-out under a shorter limit than now.
+    error) are tried again, and so is a time-out under a shorter limit than now. The results of a
+    comparison stand or are measured again together.
 
     Raises:
         WorkerFailedError: no worker starts, or it cannot measure the device's ceilings.
         OSError: the disk is full; earlier records are as they were.
     """
     session = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    hashes = {arch: code_hash(arch) for arch in {case.arch for case in cells}}
+    hashes = {code: code_hash(*code) for code in set(map(_code, cells))}
+    groups = versus.groups(cells)
     write_atomically(directory.path / "plan.json", _plan(cells))
     with Launcher(settings, session) as launcher:
         here = launcher.worker.environment
         standing = {
             key
             for key, m in directory.latest.items()
-            if stands(m, {**here, "code_hash": hashes.get(m.case.arch)}, settings)
+            if stands(m, {**here, "code_hash": hashes.get(_code(m.case))}, settings)
         }
-        dtypes = sorted({case.dtype for case in cells if case.key not in standing})
+        known = [_stand(group, standing, directory.latest) for group in groups]
+        dtypes = sorted(
+            {
+                c.dtype
+                for group, stand in zip(groups, known, strict=True)
+                if not stand
+                for c in group
+            }
+        )
         if dtypes:
             launcher.ceilings = launcher.measure_ceilings(dtypes)
             report: dict[str, Any] = {
@@ -282,14 +382,16 @@ def run_cells(
                 "ceilings_start": launcher.ceilings,
             }
             _write_session(directory, session, report)
-        for case in cells:
-            if case.key in standing:
-                on_finish(directory.latest[case.key], True)
+        for group, stand in zip(groups, known, strict=True):
+            if stand:
+                for case in group:
+                    on_finish(directory.latest[case.key], True)
                 continue
-            on_start(case)
-            measurement = launcher.measure(case)
-            directory.write(measurement)
-            on_finish(measurement, False)
+            on_start(group[0])
+            compared = len(group) > 1
+            for found in launcher.compare(group) if compared else [launcher.measure(group[0])]:
+                directory.write(found)
+                on_finish(found, False)
         if dtypes:
             report |= _end_of_session(launcher, dtypes)
             _write_session(directory, session, report)
@@ -315,6 +417,21 @@ def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings
     if measurement.status == "timeout" and before.get("time_limit_s", 0) < settings.time_limit_s:
         return False
     return before.get("code_hash") == here["code_hash"]
+
+
+def _code(case: Case) -> tuple[str, str]:
+    """What `code_hash` is formed of."""
+    return case.arch, case.implementation
+
+
+def _stand(
+    group: Sequence[Case], standing: Collection[str], latest: Mapping[str, Measurement]
+) -> bool:
+    """Whether all results of a group stand, those of a comparison as results of the same one."""
+    if not all(case.key in standing for case in group):
+        return False
+    comparisons = {latest[case.key].environment.get("comparison") for case in group}
+    return len(group) == 1 or (len(comparisons) == 1 and None not in comparisons)
 
 
 def _plan(cells: Sequence[Case]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from archs.block import Block
 from archs.model import LanguageModel
 from archs.ops import Backend
+from harness import peers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,10 @@ class Subject(ABC):
         )
 
     def in_float64(self, tokens: int | None, backend: Backend = "reference") -> Self:
-        """A copy in float64, on another backend, with the last row's first tokens."""
+        """A copy in float64, on another backend, with the last row's first tokens.
+
+        Its operations are ours, also where a peer stands in for one.
+        """
         part = self.last_row(tokens)
         part = replace(
             part,
@@ -78,6 +82,7 @@ class Subject(ABC):
         )
         for block in part.blocks():
             block.backend = backend
+        peers.restore(part.blocks())
         return part
 
     def fold(self, *, and_following: bool = False) -> Tensor:

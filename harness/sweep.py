@@ -11,13 +11,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.record import Case
+from harness.record import AGAIN, OURS, Case
 from harness.sizes import SCALING, parse_size
 
 if TYPE_CHECKING:
     from archs.ops import Backend
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
+# The sequence operation that each architecture calls; those of plug-ins have none here.
+OPERATIONS = {
+    "transformer": "attention",
+    "mamba2": "ssd",
+    "rwkv7": "wkv7",
+    "hyena": "long_conv",
+}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 MAX_LENGTH = 1 << 30
 # Least and most of a grid's whole numbers.
@@ -72,6 +79,9 @@ class Grid:
     # auto: float32 on a CPU and in training runs, else bfloat16 on a GPU
     dtype: str | Sequence[str] = "auto"
     backend: str | Sequence[str] = "auto"
+    # ours, or the name of a library's, of whose operation every architecture of the grid is
+    # measured that calls it, and no other
+    implementation: str | Sequence[str] = OURS
     replicates: int = 1  # each cell so many times
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +103,7 @@ class Grid:
         default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
         backends: list[Backend] = [resolve_backend(name) for name in self._names("backend")]
+        pairs = self._implemented(archs)
         return [
             Case(
                 kind=self.kind,
@@ -105,6 +116,7 @@ class Grid:
                 size=size,
                 dtype=default_dtype if dtype == "auto" else dtype,
                 backend=backend,
+                implementation=implementation,
                 seed=self.seed,
                 replicate=replicate,
                 options=self.options,
@@ -112,8 +124,22 @@ class Grid:
             for backend in backends
             for level, phase, size, dtype in itertools.product(levels, phases, sizes, dtypes)
             for number in _listed(self.positions if phase == "decode" else self.lengths)
-            for arch in archs
+            for arch, implementation in pairs
             for replicate in range(self.replicates)
+        ]
+
+    def _implemented(self, archs: Sequence[str]) -> list[tuple[str, str]]:
+        """Architectures with each implementation that has an operation of theirs."""
+        names = self._names("implementation")
+        known = implementations()
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown("implementation", name, known))
+        return [
+            (arch, name)
+            for arch in archs
+            for name in names
+            if name == OURS or known[name] in operations(arch)
         ]
 
     def _names(self, name: str) -> list[str]:
@@ -218,7 +244,43 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             replicates=3,
         ),
     ),
+    # The operations at one shape a length, to be measured beside libraries' (--peers all).
+    "h100-ops": (
+        Grid(
+            level="op",
+            phase=("forward", "backward"),
+            lengths=(2048, 4096, 8192, 32768),
+            tokens=32768,
+            size="d2048",
+        ),
+        # Of all operations attention alone decodes by the same call. 2.1 GB of keys and values.
+        *(
+            Grid(
+                level="op",
+                phase="decode",
+                archs="transformer",
+                positions=position,
+                batch=(1 << 18) // position,
+                size="d2048",
+            )
+            for position in (4096, 32768)
+        ),
+    ),
 }
+
+
+def implementations() -> dict[str, str | None]:
+    """What a grid's implementation may be, with the operation that it implements; ours: None."""
+    from harness.peers import PEERS
+
+    return {OURS: None, **{name: peer.op for name, peer in PEERS.items()}}
+
+
+def operations(arch: str) -> set[str]:
+    """The sequence operations of an architecture or hybrid pattern."""
+    from archs.model import expand_pattern
+
+    return {OPERATIONS[name] for name in expand_pattern(arch) if name in OPERATIONS}
 
 
 def preset(name: str) -> tuple[Grid, ...]:
@@ -262,18 +324,24 @@ def load(path: Path) -> tuple[Grid, ...]:
 
 
 def narrowed(
-    grids: Iterable[Grid], *, level: Sequence[str] = (), phase: Sequence[str] = (), **instead: Any
+    grids: Iterable[Grid],
+    *,
+    level: Sequence[str] = (),
+    phase: Sequence[str] = (),
+    op: Sequence[str] = (),
+    **instead: Any,
 ) -> list[Grid]:
-    """The grids cut down to some levels and phases, with other fields in place of theirs.
+    """The grids cut down to some levels, phases and operations, with other fields for theirs.
 
     Args:
         grids: of a preset or a file.
         level: only these; all where there is none.
         phase: only these; all where there is none.
+        op: only the architectures with one of these operations; all where there is none.
         **instead: fields of `Grid` to replace where they are not None.
 
     Raises:
-        ValueError: a level or phase that does not exist, or one that no grid has.
+        ValueError: a level, phase or operation that does not exist, or one that no grid has.
     """
     grids = list(grids)
     changes = {name: value for name, value in instead.items() if value is not None}
@@ -300,7 +368,24 @@ def narrowed(
         changes["tokens"] = None
     if changes.get("tokens") is not None:
         changes["batch"] = None
-    return [replace(grid, **changes) for grid in grids]
+    grids = [replace(grid, **changes) for grid in grids]
+    return _with_operations(grids, op) if op else grids
+
+
+def _with_operations(grids: Iterable[Grid], wanted: Sequence[str]) -> list[Grid]:
+    """The grids with those of their architectures that have one of the operations."""
+    known = list(OPERATIONS.values())
+    for name in wanted:
+        if name not in known:
+            raise ValueError(unknown("op", name, known))
+    kept = [
+        replace(grid, archs=archs)
+        for grid in grids
+        if (archs := [a for a in _listed(grid.archs) if operations(a) & set(wanted)])
+    ]
+    if not kept:
+        raise ValueError(f"no architecture of the sweep has op {' or '.join(wanted)}")
+    return kept
 
 
 def cells(grids: Iterable[Grid], device: str = "cpu") -> list[Case]:
@@ -311,10 +396,15 @@ def cells(grids: Iterable[Grid], device: str = "cpu") -> list[Case]:
             configuration that cannot be built.
     """
     found: dict[str, Case] = {}
+    wanted: set[str] = set()
     for grid in grids:
+        wanted |= set(_listed(grid.implementation))
         for case in grid.cells(device):
             _validate(case)
             found[case.key] = case
+    for name in sorted(wanted - {case.implementation for case in found.values()} - {OURS}):
+        op = implementations()[name]
+        raise ValueError(f"implementation {name!r} is of {op}: no architecture of the sweep has it")
     if not found:
         raise ValueError("the sweep has no cells: give each grid lengths, or positions for decode")
     return sorted(found.values(), key=lambda case: case.replicate)
@@ -364,6 +454,9 @@ def _validate(case: Case) -> None:
         raise ValueError(
             f"level {case.level!r} has no phase {case.phase!r}: {', '.join(PHASES[case.level])}"
         )
+    known = [AGAIN, *implementations()]
+    if case.implementation not in known:
+        raise ValueError(unknown("implementation", case.implementation, known))
     names = expand_pattern(case.arch)
     if case.kind == "loss":
         _validate_training(case)

@@ -10,6 +10,7 @@ Inputs are built outside the window; the callable is warmed first; the process i
                          than EVENT_FLOOR_MS a pair of events times the launch queue
     cuda-events-batched  likewise around several calls, where the call cannot be captured; only the
                          first of them finds L2 flushed
+    single-calls         CPU, side by side: the wall time of each call by itself
 """
 
 import ctypes
@@ -48,6 +49,9 @@ ENERGY_WINDOW_S = 2.0
 # Level of `speedup`'s interval: see there why a 95 % interval asks for 99 %.
 LEVEL = 0.99
 MIN_ROUNDS = 8  # fewer sign patterns than 2 / (1 - LEVEL) bound nothing
+# Rounds side by side: so long in all, but so many at least and at most; fewer than that, and never
+# under MIN_ROUNDS, where they would take over LONGEST_WINDOW_S.
+ROUNDS_S, LEAST_ROUNDS, MOST_ROUNDS = 3.0, 20, 200
 
 
 class Observation(NamedTuple):
@@ -188,17 +192,61 @@ def measure_interleaved(
 
     On CUDA all of them are timed by one contract, the one that the fastest needs.
     """
+    seen = observe_interleaved(functions, rounds=rounds, seed=seed, device=device)
+    return {name: observation.samples["time_ms"] for name, observation in seen.items()}
+
+
+def observe_interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Observation]:
+    """`measure_interleaved` with metrics, named as by `observe`.
+
+    Those of the machine (foreign_load, clocks, power) are of the window that all of them share.
+    """
     generator = np.random.default_rng(seed)
     for function in functions.values():
         function()
+    cpu, start = _cpu_seconds(), time.perf_counter()
+    reading, contract, calls = None, "single-calls", 1
     if device == "cuda":
-        return _sample_cuda(_launch(functions), rounds, generator)[0]
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for name in _shuffled(functions, rounds, generator):
+        nvml.read()  # the first reading opens NVML, too slowly for the window
+        launch = _launch(functions)
+        contract, calls = launch.contract, launch.calls
+        samples, reading = _sample_cuda(launch, rounds, generator)
+    else:
+        samples = {name: [] for name in functions}
+        for name in _shuffled(functions, rounds, generator):
+            began = time.perf_counter()
+            functions[name]()
+            samples[name].append(1e3 * (time.perf_counter() - began))
+    shared: dict[str, float | int | str | None] = {
+        "sample_count": rounds,
+        "calls_per_sample": calls,
+        "timing_contract": contract,
+        "foreign_load": _foreign_load(cpu, time.perf_counter() - start),
+        **({} if reading is None else reading._asdict()),
+    }
+    return {
+        name: Observation({**quantiles(times), **shared}, {"time_ms": times})
+        for name, times in samples.items()
+    }
+
+
+def affordable_rounds(functions: Mapping[str, Callable[[], object]], device: str = "cpu") -> int:
+    """How many rounds of these callables, all warm, fit the time for a comparison."""
+    if device == "cuda":
+        round_s = sum(map(_device_ms, functions.values())) / 1e3
+    else:
         start = time.perf_counter()
-        functions[name]()
-        samples[name].append(1e3 * (time.perf_counter() - start))
-    return samples
+        for function in functions.values():
+            function()
+        round_s = time.perf_counter() - start
+    wanted = min(max(LEAST_ROUNDS, int(ROUNDS_S / round_s)), MOST_ROUNDS)
+    return min(wanted, max(MIN_ROUNDS, int(LONGEST_WINDOW_S / round_s)))
 
 
 def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
@@ -257,9 +305,7 @@ def _window(function: Callable[[], object], device: str, min_time_s: float) -> _
     start = time.perf_counter()
     timed = (_time_cuda if device == "cuda" else _time_cpu)(function, min_time_s)
     seconds = time.perf_counter() - start
-    foreign = None
-    if cpu is not None and (now := _cpu_seconds()) is not None:
-        foreign = max(0.0, (now[0] - cpu[0]) - (now[1] - cpu[1])) / seconds
+    foreign = _foreign_load(cpu, seconds)
     leak = None
     if live is not None and (after := memory.live_bytes(device)) is not None:
         grown = after - live
@@ -283,6 +329,13 @@ def _time_cpu(function: Callable[[], object], min_time_s: float) -> _Timed:
             next(calls)
         times.append((time.perf_counter() - start) / block)
     return _Timed([1e3 * t for t in times], block, "blocked_autorange", next(calls), None)
+
+
+def _foreign_load(before: tuple[float, float] | None, seconds: float) -> float | None:
+    """How many of our cores' worth of CPU time others used in the last `seconds`."""
+    if before is None or (now := _cpu_seconds()) is None:
+        return None
+    return max(0.0, (now[0] - before[0]) - (now[1] - before[1])) / seconds
 
 
 def _cpu_seconds() -> tuple[float, float] | None:

@@ -16,7 +16,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.record import Case
 
 PR_SET_PDEATHSIG = 1  # prctl.h
 
@@ -77,16 +80,45 @@ def _measure(
 ) -> dict[str, Any]:
     """Measure one cell; the fields of its record that come from here."""
     from harness import cost
-    from harness.environment import code_hash
     from harness.record import Case
 
     asked = Case(**case)
-    # Once an architecture: the code that is loaded stays, whatever happens to its files.
-    hashes = settings.setdefault("code_hashes", {})
-    code = hashes.get(asked.arch) or hashes.setdefault(asked.arch, code_hash(asked.arch))
+    code = _code_hash(settings, asked)
     start = time.perf_counter()
     result = attempt(lambda: cost.measure(asked, settings["device"], ceilings, energy=energy))
     return {**result, "code_hash": code, "cell_s": time.perf_counter() - start}
+
+
+def _compare(
+    settings: dict[str, Any], cases: list[dict[str, Any]], ceilings: dict[str, float]
+) -> dict[str, Any]:
+    """Measure the cells of a comparison; the fields of their records that come from here.
+
+    An exception is one that spoils the process: it ends here.
+    """
+    from harness import versus
+    from harness.record import Case
+
+    asked = [Case(**case) for case in cases]
+    hashes = [_code_hash(settings, case) for case in asked]
+    start = time.perf_counter()
+    results = versus.measure(asked, settings["device"], ceilings)
+    cell_s = (time.perf_counter() - start) / len(asked)
+    return {
+        "results": [
+            {**result, "code_hash": code, "cell_s": cell_s}
+            for result, code in zip(results, hashes, strict=True)
+        ]
+    }
+
+
+def _code_hash(settings: dict[str, Any], case: Case) -> str:
+    """Formed once an architecture and implementation: loaded code stays, whatever the files do."""
+    from harness.environment import code_hash
+
+    hashes = settings.setdefault("code_hashes", {})
+    what = case.arch, case.implementation
+    return hashes.get(what) or hashes.setdefault(what, code_hash(*what))
 
 
 def attempt(measure: Callable[[], tuple[dict, dict]]) -> dict[str, Any]:
@@ -136,4 +168,5 @@ ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
     "prepare": _prepare,
     "ceilings": _ceilings,
     "measure": _measure,
+    "compare": _compare,
 }

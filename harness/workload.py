@@ -24,13 +24,14 @@ from archs.block import (
     train_flops,
 )
 from archs.model import expand_pattern
-from harness import correctness
+from harness import correctness, peers
 from harness.correctness import ALLOWED_ERROR
-from harness.op_inputs import OPS, Op, Randn
-from harness.record import Case
+from harness.op_inputs import OPS, PEER_OPS, Op, Randn
+from harness.peers import Peer, StandIn
+from harness.record import AGAIN, OURS, Case
 from harness.sizes import shape_of
 from harness.subjects import BlockSubject, ModelSubject, Subject
-from harness.sweep import PHASES
+from harness.sweep import OPERATIONS, PHASES
 
 __all__ = ["ALLOWED_ERROR", "OPS", "Workload", "build", "build_model", "filled"]
 
@@ -60,11 +61,10 @@ def build(case: Case, device: str = "cpu") -> Workload:
     """The workload of a cost cell, on "cpu" or "cuda".
 
     Raises:
-        NotImplementedError: there is no such cell; the message says why.
+        NotImplementedError: there is no such cell, or its implementation cannot run here; the
+            message says why.
         BackendUnavailableError: the backend cannot run it.
     """
-    if case.implementation != "ours":
-        raise NotImplementedError(f"no implementation {case.implementation!r}: there is only ours")
     levels: dict[str, Callable[..., Workload]] = {"op": _op, "block": _block, "model": _model}
     if case.phase not in PHASES.get(case.level, ()):
         raise NotImplementedError(f"level {case.level!r} has no phase {case.phase!r}")
@@ -72,7 +72,11 @@ def build(case: Case, device: str = "cpu") -> Workload:
 
 
 def build_model(case: Case, max_len: int, device: str = "cpu") -> archs.LanguageModel:
-    """The model of a case, seeded: an architecture or a hybrid at the case's size."""
+    """The model of a case, seeded: an architecture or a hybrid at the case's size.
+
+    Raises:
+        NotImplementedError: the case's implementation cannot run here, or stands in for nothing.
+    """
     shape = shape_of(case.arch, case.size)
     torch.manual_seed(case.seed)
     model = archs.build_model(
@@ -84,6 +88,8 @@ def build_model(case: Case, max_len: int, device: str = "cpu") -> archs.Language
         backend=case.backend,
         options={case.arch: shape.fields} if shape.fields else None,
     )
+    if (peer := _peer(case, device)) is not None:
+        peers.stand_in(peer, [block for block in model.blocks if isinstance(block, Block)])
     return model.to(device, _dtype(case))
 
 
@@ -140,6 +146,23 @@ def _lengths(case: Case) -> tuple[int, int]:
     return new, context
 
 
+def _peer(case: Case, device: str) -> Peer | None:
+    """The peer that a case asks for; None where it asks for ours.
+
+    Raises:
+        NotImplementedError: it cannot run here, or cannot decode.
+    """
+    if case.implementation in (OURS, AGAIN):
+        return None
+    if (peer := peers.PEERS.get(case.implementation)) is None:
+        raise NotImplementedError(f"there is no implementation {case.implementation!r}")
+    if why := peer.unavailable(device):
+        raise NotImplementedError(f"{peer.name}: {why}")
+    if case.phase == "decode" and not peer.has_step:
+        raise NotImplementedError(f"{peer.name} has no step of its own: decode is ours alone")
+    return peer
+
+
 def _build_block(case: Case, max_len: int, device: str) -> Block:
     if len(expand_pattern(case.arch)) > 1:
         raise NotImplementedError(f"{case.arch} is a hybrid: it has level model only")
@@ -158,14 +181,19 @@ def _op(case: Case, device: str) -> Workload:
     if case.arch not in OPS:
         raise NotImplementedError(f"{case.arch} has no op of its own to time: use level block")
     new, context = _lengths(case)
+    peer = _peer(case, device)
+    if peer is not None and peer.op != OPERATIONS[case.arch]:
+        raise NotImplementedError(f"{peer.name} implements {peer.op}, which {case.arch} has not")
     block = _build_block(case, new + context, device)
-    op = OPS[case.arch](block.config, _dtype(case))
+    op = PEER_OPS.get(case.implementation, OPS[case.arch])(block.config, _dtype(case))
+    operation = None if peer is None else StandIn(peer)
+    whose = case.backend if peer is None else peer.name
     _, randn = _random(case, device)
     state = state_bytes(block, case.batch, new + context, _dtype(case))
     mixer = case.batch * block.mixer_flops(new, context)
     counted = {"mixer_flops": mixer, "state_bytes": state}
     if case.phase == "decode":
-        return _op_decode(case, op, context, randn, counted)
+        return _op_decode(case, op, peer, context, randn, counted)
     counted["work_flops"] = mixer + op.extra_flops(new)
     inputs = op.inputs(case.batch, new, randn)
     read, y_bytes = tensor_bytes(list(inputs.values())), tensor_bytes(inputs[op.LIKE_Y])
@@ -173,14 +201,14 @@ def _op(case: Case, device: str) -> Workload:
 
         @torch.no_grad()
         def forward() -> Tensor:
-            return op.run(inputs, case.backend)
+            return op.run(inputs, case.backend, operation)
 
         counted["floor_bytes"] = read + y_bytes
-        check = correctness.check_op_forward(op, inputs, case.backend, forward)
+        check = correctness.check_op_forward(op, inputs, whose, forward)
         return Workload(function=forward, counted=counted, check=check)
 
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    y = op.run(leaves, case.backend)
+    y = op.run(leaves, case.backend, operation)
     cotangent = randn(*y.shape).to(y.dtype)
 
     def backward() -> tuple[Tensor, ...]:
@@ -188,18 +216,24 @@ def _op(case: Case, device: str) -> Workload:
 
     counted["work_flops"] *= 2
     counted["floor_bytes"] = 2 * read + y_bytes
-    check = correctness.check_op_backward(op, leaves, y, cotangent, case.backend, backward)
+    check = correctness.check_op_backward(op, leaves, y, cotangent, whose, backward)
     return Workload(function=backward, counted=counted, check=check)
 
 
 def _op_decode(
-    case: Case, op: Op, position: int, randn: Randn, counted: dict[str, int]
+    case: Case,
+    op: Op,
+    peer: Peer | None,
+    position: int,
+    randn: Randn,
+    counted: dict[str, int],
 ) -> Workload:
     token = op.token(case.batch, position, randn)
+    operation = None if peer is None else StandIn(peer)
 
     @torch.no_grad()
     def decode() -> tuple[Tensor, ...]:
-        return op.step(token, case.backend)
+        return op.step(token, case.backend, operation)
 
     counted["work_flops"] = counted["mixer_flops"]
     counted["floor_bytes"] = tensor_bytes(list(token.values()))
@@ -213,6 +247,8 @@ def _op_decode(
 def _block(case: Case, device: str) -> Workload:
     new, context = _lengths(case)
     block = _build_block(case, new + context + 1, device)
+    if (peer := _peer(case, device)) is not None:
+        peers.stand_in(peer, [block])
     generator, randn = _random(case, device)
     redraw(block, generator)
     dtype, width = _dtype(case), shape_of(case.arch, case.size).width

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from archs.ops import BackendUnavailableError
 from archs.ops import ssd as ssd_module
 from archs.ops.ssd import ssd
-from harness import peers
-from harness.peers import ssd_minimal_discrete
+from harness import peer_calls
+from harness.peer_calls import ssd_minimal_discrete
 
 BACKENDS = ("reference", "torch")
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
@@ -373,8 +373,8 @@ def test_loading_the_peer_leaves_no_stand_in_behind(monkeypatch):
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    with pytest.raises(peers.PeerUnavailableError, match=r"MAMBA_SKIP_CUDA_BUILD=TRUE .*==2\.3"):
+    monkeypatch.setattr(peer_calls, "find_spec", lambda name: None)
+    with pytest.raises(peer_calls.PeerUnavailableError, match=r"MAMBA_SKIP_CUDA_BUILD=TRUE .*==2\.3"):
         ssd_minimal_discrete.__wrapped__()
 
 
