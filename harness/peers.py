@@ -176,13 +176,18 @@ PEERS: dict[str, Peer] = {
 
 
 class StandIn:
-    """A peer with the signature of the operation that it stands in for."""
+    """A peer with the signature of the operation that it stands in for.
+
+    A block's backend governs its other operations, and whether this one is the reference.
+    """
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
 
     def __call__(self, *arguments: Any, backend: str, **options: Any) -> Any:
-        """The peer's call; whatever the backend is, it governs the other operations alone."""
+        """The peer's call; backend "reference" is the definition, which is ours."""
+        if backend == "reference":
+            return OURS[self.peer.op](*arguments, backend=backend, **options)
         return self.peer.call(*arguments, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def joined(
 
 def _compared_operations(case: Case) -> set[str]:
     """The operation of a cell that peers can join; none but for an operation of ours."""
-    if case.level != "op" or case.implementation != OURS:
+    if case.level != "op" or case.implementation != OURS or case.backend == "reference":
         return set()
     return operations(case.arch)
 
@@ -271,13 +271,13 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     return table
 
 
-def _shape(row: Mapping[str, Any]) -> str:
+def _shape(row: Mapping[Hashable, Any]) -> str:
     place = "seq_len" if row["phase"] != "decode" else "position"
     again = f" #{row['replicate']}" if row["replicate"] else ""
     return f"B {row['batch']:,} {'T' if place == 'seq_len' else 'at'} {row[place]:,.0f}{again}"
 
 
-def _row(row: Mapping[str, Any]) -> list[str]:
+def _row(row: Mapping[Hashable, Any]) -> list[str]:
     """The cells under COLUMNS: a status where there is no time."""
     from harness.report import mebibytes, number
 

@@ -150,7 +150,7 @@ def _peer(case: Case, device: str) -> Peer | None:
     """The peer that a case asks for; None where it asks for ours.
 
     Raises:
-        NotImplementedError: it cannot run here, or cannot decode.
+        NotImplementedError: it cannot run here or cannot decode, or the reference is asked for.
     """
     if case.implementation in (OURS, AGAIN):
         return None
@@ -158,6 +158,8 @@ def _peer(case: Case, device: str) -> Peer | None:
         raise NotImplementedError(f"there is no implementation {case.implementation!r}")
     if why := peer.unavailable(device):
         raise NotImplementedError(f"{peer.name}: {why}")
+    if case.backend == "reference":
+        raise NotImplementedError(f"{peer.name} is no reference: give another backend")
     if case.phase == "decode" and not peer.has_step:
         raise NotImplementedError(f"{peer.name} has no step of its own: decode is ours alone")
     return peer

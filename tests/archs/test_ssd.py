@@ -374,7 +374,8 @@ def test_loading_the_peer_leaves_no_stand_in_behind(monkeypatch):
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(peer_calls, "find_spec", lambda name: None)
-    with pytest.raises(peer_calls.PeerUnavailableError, match=r"MAMBA_SKIP_CUDA_BUILD=TRUE .*==2\.3"):
+    command = r"MAMBA_SKIP_CUDA_BUILD=TRUE .*==2\.3"
+    with pytest.raises(peer_calls.PeerUnavailableError, match=command):
         ssd_minimal_discrete.__wrapped__()
 
 
