@@ -260,6 +260,54 @@ def plot(run: Path = Path("runs/cost"), *, out: Path | None = None, json: Flag =
     return 0
 
 
+@app.command
+def counters(
+    *,
+    op: Names = None,
+    sm: Numbers = None,
+    triton: Path | None = None,
+    json: Flag = False,
+) -> int:
+    """Count what kernels do, without a GPU: bytes, FLOPs, registers, spills.
+
+    Every implementation runs in Triton's interpreter beside its I/O floor, and is compiled for GPUs
+    that are not here. Times are predictions.
+
+    Parameters
+    ----------
+    op
+        Only this operation: attention, ssd, wkv7, long_conv, short_conv.
+    sm
+        Compile for this GPU only: 80 (A100), 90 (H100), 100 (B200).
+    triton
+        Compile with the Triton in this folder: pip install --no-deps --target FOLDER triton==3.6.0.
+    json
+        One JSON document on standard output, the same to the byte wherever versions are the same.
+    """
+    from harness import counters as counters_module
+
+    def said(done: str) -> None:
+        print(f"done: {done}", file=sys.stderr, flush=True)
+
+    try:
+        found = counters_module.count(
+            op or counters_module.OPS,
+            archs=sm or counters_module.ARCHS,
+            triton=triton,
+            on_finish=said,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if json:
+        _print_json(found)
+    else:
+        console = _console()
+        for table in counters_module.tables(found):
+            console.print(table)
+        print("\n".join(counters_module.notes(found)))
+    return 4 if counters_module.faults(found) else 0
+
+
 @app.command(name="list")
 def list_(*, json: Flag = False) -> int:
     """Show what there is to choose from: architectures, presets, levels, phases, types.

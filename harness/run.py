@@ -64,7 +64,7 @@ class Worker:
             stderr=subprocess.STDOUT,
             pass_fds=(request_out, reply_in),
             start_new_session=True,
-            env=_worker_environment(),
+            env=child_environment(),
         )
         os.close(request_out)
         os.close(reply_in)
@@ -148,8 +148,8 @@ def _last_words(output: str) -> str:
     return "; ".join([*said[-1:], *lines[trace + 1 : trace + 2]])
 
 
-def _worker_environment() -> dict[str, str]:
-    """The variables a worker is started with: it imports what this process can import."""
+def child_environment() -> dict[str, str]:
+    """Variables to start a process with, so that it imports what this one can import."""
     path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
     # Spinning OpenMP threads disturb each other on a busy machine; read when PyTorch starts.
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}

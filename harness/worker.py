@@ -41,7 +41,7 @@ def main() -> None:
     parent, requests, replies = map(int, sys.argv[1:])
     for pipe in (requests, replies):
         os.set_inheritable(pipe, False)
-    _die_with(parent)
+    die_with(parent)
     faulthandler.enable()
     settings: dict[str, Any] = {}
     with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "w", encoding="utf-8") as answer:
@@ -51,7 +51,7 @@ def main() -> None:
             print(json.dumps(reply, allow_nan=False), file=answer, flush=True)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the sweep is, and before it when memory runs out."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

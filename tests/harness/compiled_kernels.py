@@ -1,0 +1,70 @@
+"""Triton kernels to compile: a matrix product as it should be, and ways to spoil it."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(
+    a,
+    b,
+    c,
+    n,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """C = A B in tiles of M x M, one program, over n columns of A."""
+    at, k = tl.arange(0, M), tl.arange(0, K)
+    total = tl.zeros((M, M), tl.float32)
+    for start in range(0, n, K):
+        left = tl.load(a + at[:, None] * n + (start + k)[None, :])
+        right = tl.load(b + (start + k)[:, None] * M + at[None, :])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    tl.store(c + at[:, None] * M + at[None, :], total)
+
+
+@triton.jit
+def product_without_dot(a, b, c, n, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    """The same as sums of products: the tensor-core path dropped."""
+    at = tl.arange(0, M)
+    total = tl.zeros((M, M), tl.float32)
+    for k in range(0, n):
+        left, right = tl.load(a + at * n + k), tl.load(b + k * M + at)
+        total += left.to(tl.float32)[:, None] * right.to(tl.float32)[None, :]
+    tl.store(c + at[:, None] * M + at[None, :], total)
+
+
+@triton.autotune(
+    [triton.Config({"BLOCK": block}, num_warps=4) for block in (1024, 16384, 256)], key=["n"]
+)
+@triton.jit
+def tuned(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at, at < n) + 1, at < n)
+
+
+@triton.autotune([triton.Config({"K": k}, num_warps=8) for k in (16, 64, 512)], key=["n"])
+@triton.jit
+def tuned_product(a, b, c, n, M: tl.constexpr, K: tl.constexpr):
+    at, k = tl.arange(0, M), tl.arange(0, K)
+    total = tl.zeros((M, M), tl.float32)
+    for start in range(0, n, K):
+        left = tl.load(a + at[:, None] * n + (start + k)[None, :])
+        right = tl.load(b + (start + k)[:, None] * M + at[None, :])
+        total = tl.dot(left, right, total)
+    tl.store(c + at[:, None] * M + at[None, :], total)
+
+
+@triton.jit
+def copy_by_descriptor(x, y, M: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, [M, M], [M, 1], [64, 64])
+    target = tl.make_tensor_descriptor(y, [M, M], [M, 1], [64, 64])
+    target.store([0, 0], source.load([0, 0]))
+
+
+def call(kernel=product, M=64, K=64, precision="tf32", dtype=torch.float16, warps=4, n=512):
+    """Launch a product; of a result nothing is computed where launches are only compiled."""
+    a, b = torch.zeros(M, n, dtype=dtype), torch.zeros(n, M, dtype=dtype)
+    kernel[(1,)](a, b, torch.zeros(M, M), n, M=M, K=K, PRECISION=precision, num_warps=warps)

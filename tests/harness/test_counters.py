@@ -1,0 +1,189 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import counters
+from harness.run import child_environment
+
+
+@pytest.fixture(scope="module")
+def ssd():
+    """SSD counted and compiled for the H100, by every implementation."""
+    said = []
+    document = counters.count(["ssd"], archs=[90], on_finish=said.append)
+    assert sorted(said) == ["ssd compiled", "ssd traffic"]
+    return document
+
+
+def row(document, implementation, phase):
+    (found,) = (
+        r
+        for r in document["traffic"]
+        if (r["implementation"], r["phase"]) == (implementation, phase)
+    )
+    return found
+
+
+# Counted independently, by sets of addresses: mamba_ssm 2.3.2 at B 1, T 1024, H 8, P 64, N 128,
+# G 1, chunk 256, x, B and C of two bytes, dt of four.
+@pytest.mark.parametrize(
+    ("phase", "launches", "unique_bytes", "floors"),
+    [("forward", 5, 9_666_720, 3.31), ("backward", 14, 46_776_416, 10.98)],
+)
+def test_mamba_ssm_as_counted_before(ssd, phase, launches, unique_bytes, floors):
+    found = row(ssd, "mamba_ssm", phase)
+    assert found["launches"] == launches
+    assert found["kernel_bytes"] == pytest.approx(unique_bytes, rel=0.05)
+    assert found["kernel_bytes"] / found["floor_bytes"] == pytest.approx(floors, rel=0.05)
+    assert not counters.is_wrong(found)
+
+
+def test_what_mamba_ssm_does_outside_its_kernels_is_in_the_sum(ssd):
+    found = row(ssd, "mamba_ssm", "backward")
+    outside = sum(o["unique_bytes"] for o in found["operations"])
+    assert found["unique_bytes"] == found["kernel_bytes"] + outside
+    assert {"sum", "cumsum", "flip"} <= {o["name"] for o in found["operations"]}
+    assert outside > 0.2 * found["kernel_bytes"]
+    assert row(ssd, "mamba_ssm", "forward")["operation_calls"] == 0
+
+
+def test_floors(ssd):
+    B, T, H, P, N, G = 1, 1024, 8, 64, 128, 1
+    x, bc, dt, state = 2 * B * T * H * P, 2 * 2 * B * T * G * N, 4 * B * T * H, 4 * B * H * P * N
+    theirs = x + bc + dt + 4 * H
+    assert row(ssd, "mamba_ssm", "forward")["floor_bytes"] == theirs + x + state
+    assert row(ssd, "mamba_ssm", "backward")["floor_bytes"] == 2 * theirs + x
+    ours = x + bc + 2 * dt + state  # log_decay is an input, and so is the state before
+    assert row(ssd, "torch", "forward")["floor_bytes"] == ours + x + state
+    assert row(ssd, "torch", "backward")["floor_bytes"] == 2 * ours + x
+
+
+def test_main_tensors_are_read_side_by_side(ssd):
+    found = row(ssd, "mamba_ssm", "forward")
+    assert 1 <= found["sector_bytes"] / found["requested_bytes"] < 1.01
+    scan = next(k for k in found["kernels"] if k["name"] == "_chunk_scan_fwd_kernel")
+    assert scan["arguments"]["x_ptr"]["unique_bytes"] == 2 * 1024 * 8 * 64
+    assert scan["dot_flops"]["fp16"] > 1e9
+
+
+def test_every_result_is_right(ssd):
+    assert {r["implementation"] for r in ssd["traffic"]} == {"torch", "mamba_ssm", "ssd-minimal"}
+    assert all(r["relative_error"] < 1e-3 for r in ssd["traffic"])
+    assert counters.faults(ssd) == []
+
+
+def test_its_kernels_are_compiled(ssd):
+    kernels = {r["kernel"]: r for r in ssd["compiled"]}
+    assert {k["name"] for k in row(ssd, "mamba_ssm", "backward")["kernels"]} <= set(kernels)
+    assert all(r["arch"] == 90 and r["programs_per_sm"] > 0 for r in ssd["compiled"])
+    assert kernels["_chunk_scan_fwd_kernel"]["opcodes"]["HGMMA"] > 0
+
+
+def test_what_is_left_out_is_named(ssd):
+    (triton,) = (o for o in ssd["left_out"] if o["implementation"] == "triton")
+    assert triton["reason"].startswith("ssd: backend 'triton' is not built yet")
+    assert not triton["failed"]
+    assert any("ssd triton: ssd: backend" in note for note in counters.notes(ssd))
+
+
+def test_tables(ssd, capsys):
+    from rich.console import Console
+
+    for table in counters.tables(ssd):
+        Console(width=160).print(table)
+    said = capsys.readouterr().out
+    for words in ("9.67", "3.31", "prediction", "_chunk_scan_fwd_kernel", "HGMMA", "no GPU"):
+        assert words in said
+
+
+def seqscale(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "harness", "counters", *arguments],
+        capture_output=True,
+        env={**child_environment(), "COLUMNS": "150"},
+        check=False,
+    )
+
+
+def test_json_is_the_same_to_the_byte():
+    first, second = (seqscale("--op", "attention", "--sm", "90", "--json") for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout
+    assert {r["op"] for r in json.loads(first.stdout)["traffic"]} == {"attention"}
+    assert "done: attention traffic" in first.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "sdd"], "unknown operation 'sdd'"),
+        (["--op", "sdd"], "did you mean 'ssd'?"),
+        (["--sm", "70"], "sm_70"),
+        (["--triton", "nowhere"], "pip install --no-deps --target nowhere triton==3.6.0"),
+    ],
+)
+def test_what_does_not_exist_is_one_line(arguments, words):
+    done = seqscale(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr.decode()
+    assert len(done.stderr.decode().splitlines()) == 1
+    assert done.stdout == b""
+
+
+def test_another_triton_compiles_and_counts_nothing(tmp_path):
+    """A folder with a Triton of another version: here ours under another name."""
+    import triton
+
+    folder = Path(triton.__file__).parent
+    other = tmp_path / "triton"
+    other.mkdir()
+    for part in folder.iterdir():
+        if part.name != "__init__.py":
+            (other / part.name).symlink_to(part)
+    text = (folder / "__init__.py").read_text()
+    (other / "__init__.py").write_text(text + "\n__version__ = '3.6.0'\n")
+    document = counters.count(["short_conv"], archs=[90], triton=tmp_path)
+    assert document["versions"]["triton"] == "3.6.0"
+    assert document["traffic"] == []
+
+
+def test_a_process_that_dies_is_one_line(monkeypatch, tmp_path):
+    broken = tmp_path / "triton"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('not this one')")
+    with pytest.raises(counters.CountingFailedError, match="code 1: RuntimeError: not this one"):
+        counters.count(["short_conv"], triton=tmp_path)
+
+
+def test_faults_are_named_and_no_table_hides_them():
+    good = {"op": "ssd", "implementation": "a", "phase": "forward", "shape": "T 1"}
+    document = {
+        "traffic": [
+            {**good, "relative_error": 3e-4},
+            {**good, "implementation": "b", "relative_error": 5e-3},
+            {**good, "implementation": "c", "relative_error": None},
+        ],
+        "left_out": [{**good, "implementation": "d", "reason": "ValueError: no", "failed": True}],
+    }
+    assert counters.faults(document) == [
+        "ssd d (T 1): ValueError: no",
+        "ssd b forward (T 1): the result is wrong",
+        "ssd c forward (T 1): the result is wrong",
+    ]
+    assert sum("FAULT" in note for note in counters.notes(document)) == 3
+
+
+def test_a_prediction_is_the_slowest_of_bytes_dots_and_exponentials():
+    rates = {"bytes": 1e9, "fp16": 1e12, "fp32 ieee": 1e10, "exponentials": 1e8}
+    nothing = {"unique_bytes": 0, "dot_flops": {}, "exponentials": 0}
+    kernels = [
+        {**nothing, "unique_bytes": 3e6},  # 3 ms
+        {**nothing, "dot_flops": {"fp16": 1e9, "fp32 ieee": 1e7}, "unique_bytes": 1e6},  # 2 ms
+        {**nothing, "exponentials": 5e5, "unique_bytes": 4e6},  # 5 ms
+    ]
+    operations = [{"unique_bytes": 1e6, "flops": 7e9}]  # 7 ms
+    row = {"kernels": kernels, "operations": operations}
+    assert counters.predicted_ms(row, rates) == 17
