@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -385,8 +386,7 @@ def test_a_peer_that_is_not_there_is_one_line_with_the_remedy(monkeypatch):
         ("fla", ModuleNotFoundError("No module named 'fla'"), "No module named 'fla'; run: pip"),
         ("flash-attn", OSError("undefined symbol\n_ZN"), "OSError: undefined symbol _ZN; run"),
     ):
-        peer = copy.copy(PEERS[name])
-        object.__setattr__(peer, "load", broken(error))
+        peer = replace(PEERS[name], load=broken(error))
         said = peer.unavailable("cuda")
         assert said.startswith("not importable because")
         assert words in said
@@ -438,9 +438,7 @@ def called(monkeypatch):
             calls.append(1)
             return real(*arguments, **options)
 
-        watched = copy.copy(peer)
-        object.__setattr__(watched, "call", counting)
-        monkeypatch.setitem(PEERS, name, watched)
+        monkeypatch.setitem(PEERS, name, replace(peer, call=counting))
         return calls
 
     return watch
@@ -505,10 +503,8 @@ def test_a_float64_cell_of_a_peer_is_the_peers_and_its_reference_ours(called):
 
 def test_mamba_ssm_is_differentiated_by_its_own_leaves(mamba_ssm, monkeypatch):
     """A and dt, where ours has log_decay and dt; both checked against the fold of ours."""
-    with_cpu = copy.copy(PEERS["mamba_ssm"])
-    object.__setattr__(with_cpu, "needs_gpu", False)
-    object.__setattr__(with_cpu, "load", lambda: None)
-    monkeypatch.setitem(PEERS, "mamba_ssm", with_cpu)
+    peer = replace(PEERS["mamba_ssm"], needs_gpu=False, load=lambda: None)
+    monkeypatch.setitem(PEERS, "mamba_ssm", peer)
     for phase in ("forward", "backward"):
         built = workload.build(case("mamba_ssm", "op", phase, seq_len=300))
         assert 0 < built.check() <= ALLOWED_ERROR["float32"]
@@ -535,9 +531,7 @@ def test_a_wrong_gradient_of_the_rate_is_found(planted, monkeypatch):
 
     monkeypatch.setattr(peer_calls, "import_mamba_ssm", lambda: None)
     planted("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=chunk_scan)
-    peer = copy.copy(PEERS["mamba_ssm"])
-    object.__setattr__(peer, "needs_gpu", False)
-    object.__setattr__(peer, "load", lambda: None)
+    peer = replace(PEERS["mamba_ssm"], needs_gpu=False, load=lambda: None)
     monkeypatch.setitem(PEERS, "mamba_ssm", peer)
     built = workload.build(case("mamba_ssm", "op", "backward"))
     assert built.check() == pytest.approx(1e-3, rel=0.1)
