@@ -492,6 +492,21 @@ def test_a_peer_that_is_wrong_in_the_middle_of_a_long_sequence_is_found(called):
         assert (built.check() > ALLOWED_ERROR["float32"]) == (phase == "forward")
 
 
+def test_a_peer_that_is_wrong_beyond_the_fold_is_found_in_a_prompt(called):
+    """There the whole is compared with `torch` in float64: ours, not the peer's own."""
+    real = PEERS["ssd-minimal"].call
+
+    def wrong(x, *arguments, **options):
+        y, state = real(x, *arguments, **options)
+        return (1.01 * y if x.shape[1] > 100 else y), state
+
+    called("ssd-minimal", wrong)
+    asked = case("ssd-minimal", "block", "prefill", seq_len=120)
+    assert workload.build(asked).check() > ALLOWED_ERROR["float32"]
+    called("ssd-minimal", real)
+    assert workload.build(asked).check() <= ALLOWED_ERROR["float32"]
+
+
 def test_a_float64_cell_of_a_peer_is_the_peers_and_its_reference_ours(called):
     calls = called("sdpa-math")
     built = workload.build(case("sdpa-math", "block", "forward", dtype="float64"))
