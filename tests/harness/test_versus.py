@@ -106,9 +106,12 @@ def test_each_operation_is_joined_by_itself_and_its_peers():
 
 
 def test_single_peers_can_be_asked_for():
-    together, left_out = versus.joined(sweep.cells([GRID]), ["ssd-minimal", "fla"], "cpu")
+    together, left_out = versus.joined(sweep.cells([GRID]), ["ssd-minimal", "mamba_ssm"], "cpu")
     assert [case.implementation for case in together] == BESIDE
-    assert left_out == {}  # fla is of an operation that the sweep has not
+    assert left_out == {"mamba_ssm": "needs an NVIDIA GPU"}
+    together, left_out = versus.joined(sweep.cells([GRID]), "ssd-minimal", "cpu")
+    assert [case.implementation for case in together] == BESIDE
+    assert left_out == {}
     twice, _ = versus.joined(
         sweep.cells([replace(GRID, implementation=[OURS, "ssd-minimal"])]), "all", "cpu"
     )
@@ -119,13 +122,27 @@ def test_only_attention_decodes_with_a_peer_and_the_reference_is_ours_alone():
     decode = Grid(level="op", phase="decode", positions=32, size="d64")
     together, _ = versus.joined(sweep.cells([decode]), "all", "cpu")
     assert {c.arch for c in together if c.implementation in PEERS} == {"transformer"}
-    reference = sweep.cells([replace(GRID, backend="reference")])
-    assert versus.joined(reference, "all", "cpu")[0] == reference
+    both = sweep.cells([replace(GRID, backend=["reference", "torch"])])
+    together, _ = versus.joined(both, "all", "cpu")
+    assert [case.backend for case in together] == ["reference", *["torch"] * 3]
 
 
 def test_an_unknown_peer_is_named():
     with pytest.raises(ValueError, match=r"unknown peer 'mamba-ssm'.*did you mean 'mamba_ssm'"):
         versus.joined(sweep.cells([GRID]), ["mamba-ssm"], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("grid", "names", "words"),
+    [
+        (GRID, ["ssd-minimal", "fla"], "peers fla: the sweep has no cell of wkv7 at level op"),
+        (replace(GRID, level="block"), "all", "peers all: the sweep has no cell of an operation"),
+        (replace(GRID, backend="reference"), "ssd-minimal", "no cell of ssd"),
+    ],
+)
+def test_peers_with_nothing_beside_them_are_refused(grid, names, words):
+    with pytest.raises(ValueError, match=words):
+        versus.joined(sweep.cells([grid]), names, "cpu")
 
 
 def test_cells_of_a_comparison_come_together_and_others_alone():
@@ -249,8 +266,15 @@ BREAKING = {
 
 
 @pytest.mark.parametrize("status", BREAKING)
-def test_one_that_breaks_leaves_the_others_to_go_on(planted, status):
+def test_one_that_breaks_leaves_the_others_to_go_on(planted, monkeypatch, status):
     how, words = BREAKING[status]
+    real_observe, timed = timing.observe_interleaved, []
+
+    def observe(functions, **options):
+        timed.append(len(functions))
+        return real_observe(functions, **options)
+
+    monkeypatch.setattr(timing, "observe_interleaved", observe)
 
     def breaking(real, *arguments, **options):
         if isinstance(how, Exception):
@@ -266,6 +290,7 @@ def test_one_that_breaks_leaves_the_others_to_go_on(planted, status):
     assert "samples" not in broken
     assert found[OURS]["status"] == found[AGAIN]["status"] == "ok"
     assert "ratio_to_ours" in found[AGAIN]["metrics"]
+    assert timed == [2]
 
 
 def test_one_that_goes_wrong_while_it_is_timed_has_no_time(planted, monkeypatch):
@@ -447,6 +472,8 @@ def test_the_table_shows_ratios_noise_and_verdicts_and_no_time_of_a_wrong_one(tm
     assert f"{theirs['roofline_fraction']:.1%}" in rows["ssd-minimal"]
     assert shown(report.tables(cells)) == ""  # it has no table of growth beside it
 
+    cells.loc[theirs.name, "verdict"] = None
+    assert "│ - " in shown(versus.tables(cells)).splitlines()[-2]
     cells.loc[theirs.name, "status"] = "wrong"
     text = shown(versus.tables(cells))
     (row,) = [line for line in text.splitlines() if "ssd-minimal" in line]
