@@ -390,6 +390,23 @@ def test_a_cell_measured_alone_is_no_part_of_a_comparison_and_stands_for_itself(
     assert started == []
 
 
+@pytest.mark.parametrize(
+    ("ids", "stands"),
+    [(("a", "a", "a"), True), (("a", "b", "a"), False), ((None, None, None), False)],
+)
+def test_a_comparison_stands_only_as_one(ids, stands):
+    group, _ = versus.joined(sweep.cells([GRID]), "ssd-minimal", "cpu")
+    latest = {
+        case.key: record.Measurement(
+            case=case, status="ok", environment={"comparison": id_} if id_ else {}
+        )
+        for case, id_ in zip(group, ids, strict=True)
+    }
+    assert run._stand(group, set(latest), latest) is stands
+    assert not run._stand(group, set(latest) - {group[1].key}, latest)
+    assert run._stand(group[:1], set(latest), latest)
+
+
 def test_a_peer_that_kills_the_process_is_recorded_and_the_rest_compared(tmp_path, listing):
     listing("dies")
     found = swept(tmp_path)
