@@ -6,6 +6,7 @@ import sys
 import types
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +244,13 @@ def test_importing_mamba_ssm_needs_no_cuda_extension():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == PEERS["mamba_ssm"].version
+
+
+def test_mamba_ssms_own_kernels_agree_in_the_interpreter():
+    script = Path(__file__).with_name("interpreted_mamba.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 1e-5
 
 
 def test_flash_attn_is_called_as_documented(planted):
@@ -632,7 +640,11 @@ class TestContract:
             expected = exact(x.double()).x
             for split in (1, 63, 64, 100, 256, 299):
                 head, state, _ = block(x[:, :split], fresh(block, x))
-                tail, state, _ = block(x[:, split:], state)
+                try:
+                    tail, state, _ = block(x[:, split:], state)
+                except NotImplementedError as refusal:
+                    assert name == "sdpa-cudnn"  # which takes no mask of this form everywhere
+                    pytest.skip(str(refusal))
                 got = torch.cat((head, tail), 1)
                 assert relative_error(got - x, expected - x.double()) <= ALLOWED_ERROR[dtype]
                 assert state.position == 300
@@ -660,10 +672,10 @@ class TestContract:
             y, after = block(x).x, block(changed).x
             alone = block(x[1:]).x
         assert relative_error(alone, y[1:]) <= ALLOWED_ERROR[dtype]
-        # An FFT mixes all positions, so its causality holds to rounding only.
-        assert relative_error(after[:, :150], y[:, :150]) <= (
-            ALLOWED_ERROR[dtype] if PEERS[name].op == "long_conv" else 0
-        )
+        # An FFT mixes all positions, and fla scales a chunk by the decay up to its middle: there
+        # causality holds to rounding only.
+        exact = PEERS[name].op in ("attention", "ssd")
+        assert relative_error(after[:, :150], y[:, :150]) <= (0 if exact else ALLOWED_ERROR[dtype])
         assert (after[:, 150] - y[:, 150]).abs().max() > 1e-3
 
 
