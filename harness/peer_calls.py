@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from archs.ops.wkv7 import DECAY_BOUND, log_decay_of
 
@@ -59,8 +58,11 @@ def sdpa(kernel: SDPBackend) -> Callable[..., Tensor]:
             raise NotImplementedError("SDPA has no sliding window")
         if lengths is not None:
             raise NotImplementedError("SDPA has no ragged lengths")
-        # `is_causal` aligns the mask at the start, which for T < S is another function.
-        bias = causal_lower_right(T, S) if 1 < T < S else None
+        bias = None
+        if 1 < T < S:  # `is_causal` aligns the mask at the start: that is another function
+            from torch.nn.attention.bias import causal_lower_right  # takes seconds
+
+            bias = causal_lower_right(T, S)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         try:
             with sdpa_kernel(kernel):

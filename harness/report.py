@@ -38,13 +38,15 @@ def frame(source: Path) -> pd.DataFrame:
         table[metric] = math.nan
     if source.is_dir():
         table["stable"] = table["session"].map(stability(source))
-    ranks = {**CHOICES, "arch": in_order(table["arch"])}
+    implementations = [OURS, AGAIN, *sorted({*table["implementation"]} - {OURS, AGAIN})]
+    ranks = {**CHOICES, "arch": in_order(table["arch"]), "implementation": implementations}
 
     def rank(column: pd.Series) -> pd.Series:
         return column.map(ranks[name].index) if (name := str(column.name)) in ranks else column
 
     order = ["kind", "level", "phase", "size", "dtype", "backend", "arch", "seq_len", "position"]
-    return table.sort_values([*order, "batch", "replicate"], key=rank, ignore_index=True)
+    order += ["batch", "replicate", "implementation"]
+    return table.sort_values(order, key=rank, ignore_index=True)
 
 
 def stability(source: Path) -> dict[str, bool]:

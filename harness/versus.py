@@ -43,7 +43,7 @@ def joined(
         The cells; and of each peer left out, since it cannot run here, the reason.
 
     Raises:
-        ValueError: there is no such peer.
+        ValueError: there is no such peer, or no cell that it could be measured beside.
     """
     if not names:
         return list(cells), {}
@@ -55,6 +55,10 @@ def joined(
             raise ValueError(unknown("peer", name, [ALL, *PEERS]))
     asked = [peer for name, peer in PEERS.items() if ALL in names or name in names]
     concerned = {op for case in cells for op in _compared_operations(case)}
+    for name in names:
+        if not concerned or (name != ALL and PEERS[name].op not in concerned):
+            what = "an operation" if name == ALL else PEERS[name].op
+            raise ValueError(f"peers {name}: the sweep has no cell of {what} at level op")
     found = {p.name: p.unavailable(device) for p in asked if p.op in concerned}
     left_out = {name: reason for name, reason in found.items() if reason is not None}
     together: list[Case] = []
@@ -272,9 +276,10 @@ def _table(title: str, part: pd.DataFrame) -> Table:
 
 
 def _shape(row: Mapping[Hashable, Any]) -> str:
-    place = "seq_len" if row["phase"] != "decode" else "position"
+    decode = row["phase"] == "decode"
+    place = f"at {row['position']:,.0f}" if decode else f"T {row['seq_len']:,.0f}"
     again = f" #{row['replicate']}" if row["replicate"] else ""
-    return f"B {row['batch']:,} {'T' if place == 'seq_len' else 'at'} {row[place]:,.0f}{again}"
+    return f"B {row['batch']:,} {place}{again}"
 
 
 def _row(row: Mapping[Hashable, Any]) -> list[str]:
@@ -294,4 +299,5 @@ def _row(row: Mapping[Hashable, Any]) -> list[str]:
     shown += [f"{row['ratio_to_ours']:.3f}", f"{low:.3f} … {high:.3f}"]
     if row["implementation"] == AGAIN:
         return [*shown, f"(noise {noise_of(low, high):.1%})"]
-    return [*shown, str(row["verdict"])]
+    found = row.get("verdict")  # none where ours again was not measured
+    return [*shown, found if isinstance(found, str) else "-"]

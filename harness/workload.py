@@ -26,7 +26,7 @@ from archs.block import (
 from archs.model import expand_pattern
 from harness import correctness, peers
 from harness.correctness import ALLOWED_ERROR
-from harness.op_inputs import OPS, PEER_OPS, Op, Randn
+from harness.op_inputs import OPS, PEER_OPS, Op, Operation, Randn
 from harness.peers import Peer, StandIn
 from harness.record import AGAIN, OURS, Case
 from harness.sizes import shape_of
@@ -195,7 +195,7 @@ def _op(case: Case, device: str) -> Workload:
     mixer = case.batch * block.mixer_flops(new, context)
     counted = {"mixer_flops": mixer, "state_bytes": state}
     if case.phase == "decode":
-        return _op_decode(case, op, peer, context, randn, counted)
+        return _op_decode(case, op, operation, context, randn, counted)
     counted["work_flops"] = mixer + op.extra_flops(new)
     inputs = op.inputs(case.batch, new, randn)
     read, y_bytes = tensor_bytes(list(inputs.values())), tensor_bytes(inputs[op.LIKE_Y])
@@ -225,13 +225,12 @@ def _op(case: Case, device: str) -> Workload:
 def _op_decode(
     case: Case,
     op: Op,
-    peer: Peer | None,
+    operation: Operation | None,
     position: int,
     randn: Randn,
     counted: dict[str, int],
 ) -> Workload:
     token = op.token(case.batch, position, randn)
-    operation = None if peer is None else StandIn(peer)
 
     @torch.no_grad()
     def decode() -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import pytest
 
 from harness import __main__ as command_line
 from harness import record, report, run
+from harness.peers import PEERS
 
 SWEEP = """
 [[grid]]
@@ -149,6 +150,7 @@ def test_list_names_architectures_presets_and_phases(here):
     assert code == 0, err
     for name in ("transformer", "mamba2", "rwkv7", "hyena", "quick", "cpu", "h100", "decode"):
         assert name in out
+    assert "ssd: mamba_ssm, ssd-minimal" in out
 
 
 def test_doctor_says_what_works_and_why_the_rest_does_not(here):
@@ -159,11 +161,11 @@ def test_doctor_says_what_works_and_why_the_rest_does_not(here):
         "CUDA",
         "Triton",
         "interpreter",
-        "mamba-ssm",
-        "linear-attention",
         "NVML",
+        *(f"peer {name}" for name in PEERS),
     ):
         assert name in out
+    assert re.search(r"^--  peer fla +(needs an NVIDIA GPU|not importable because)", out, re.M)
     found = {c["name"]: c for c in json.loads(here("doctor", "--json")[1])}
     assert found["PyTorch"]["works"]
     assert found["Triton interpreter"]["works"], found["Triton interpreter"]

@@ -4,7 +4,9 @@ import copy
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +246,13 @@ def test_importing_mamba_ssm_needs_no_cuda_extension():
     assert done.stdout.strip() == PEERS["mamba_ssm"].version
 
 
+def test_mamba_ssms_own_kernels_agree_in_the_interpreter():
+    script = Path(__file__).with_name("interpreted_mamba.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 1e-5
+
+
 def test_flash_attn_is_called_as_documented(planted):
     def function(q, k, v, causal, window_size):
         assert causal
@@ -385,8 +394,7 @@ def test_a_peer_that_is_not_there_is_one_line_with_the_remedy(monkeypatch):
         ("fla", ModuleNotFoundError("No module named 'fla'"), "No module named 'fla'; run: pip"),
         ("flash-attn", OSError("undefined symbol\n_ZN"), "OSError: undefined symbol _ZN; run"),
     ):
-        peer = copy.copy(PEERS[name])
-        object.__setattr__(peer, "load", broken(error))
+        peer = replace(PEERS[name], load=broken(error))
         said = peer.unavailable("cuda")
         assert said.startswith("not importable because")
         assert words in said
@@ -438,9 +446,7 @@ def called(monkeypatch):
             calls.append(1)
             return real(*arguments, **options)
 
-        watched = copy.copy(peer)
-        object.__setattr__(watched, "call", counting)
-        monkeypatch.setitem(PEERS, name, watched)
+        monkeypatch.setitem(PEERS, name, replace(peer, call=counting))
         return calls
 
     return watch
@@ -494,6 +500,21 @@ def test_a_peer_that_is_wrong_in_the_middle_of_a_long_sequence_is_found(called):
         assert (built.check() > ALLOWED_ERROR["float32"]) == (phase == "forward")
 
 
+def test_a_peer_that_is_wrong_beyond_the_fold_is_found_in_a_prompt(called):
+    """There the whole is compared with `torch` in float64: ours, not the peer's own."""
+    real = PEERS["ssd-minimal"].call
+
+    def wrong(x, *arguments, **options):
+        y, state = real(x, *arguments, **options)
+        return (1.01 * y if x.shape[1] > 100 else y), state
+
+    called("ssd-minimal", wrong)
+    asked = case("ssd-minimal", "block", "prefill", seq_len=120)
+    assert workload.build(asked).check() > ALLOWED_ERROR["float32"]
+    called("ssd-minimal", real)
+    assert workload.build(asked).check() <= ALLOWED_ERROR["float32"]
+
+
 def test_a_float64_cell_of_a_peer_is_the_peers_and_its_reference_ours(called):
     calls = called("sdpa-math")
     built = workload.build(case("sdpa-math", "block", "forward", dtype="float64"))
@@ -505,10 +526,8 @@ def test_a_float64_cell_of_a_peer_is_the_peers_and_its_reference_ours(called):
 
 def test_mamba_ssm_is_differentiated_by_its_own_leaves(mamba_ssm, monkeypatch):
     """A and dt, where ours has log_decay and dt; both checked against the fold of ours."""
-    with_cpu = copy.copy(PEERS["mamba_ssm"])
-    object.__setattr__(with_cpu, "needs_gpu", False)
-    object.__setattr__(with_cpu, "load", lambda: None)
-    monkeypatch.setitem(PEERS, "mamba_ssm", with_cpu)
+    peer = replace(PEERS["mamba_ssm"], needs_gpu=False, load=lambda: None)
+    monkeypatch.setitem(PEERS, "mamba_ssm", peer)
     for phase in ("forward", "backward"):
         built = workload.build(case("mamba_ssm", "op", phase, seq_len=300))
         assert 0 < built.check() <= ALLOWED_ERROR["float32"]
@@ -535,9 +554,7 @@ def test_a_wrong_gradient_of_the_rate_is_found(planted, monkeypatch):
 
     monkeypatch.setattr(peer_calls, "import_mamba_ssm", lambda: None)
     planted("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=chunk_scan)
-    peer = copy.copy(PEERS["mamba_ssm"])
-    object.__setattr__(peer, "needs_gpu", False)
-    object.__setattr__(peer, "load", lambda: None)
+    peer = replace(PEERS["mamba_ssm"], needs_gpu=False, load=lambda: None)
     monkeypatch.setitem(PEERS, "mamba_ssm", peer)
     built = workload.build(case("mamba_ssm", "op", "backward"))
     assert built.check() == pytest.approx(1e-3, rel=0.1)
@@ -623,7 +640,11 @@ class TestContract:
             expected = exact(x.double()).x
             for split in (1, 63, 64, 100, 256, 299):
                 head, state, _ = block(x[:, :split], fresh(block, x))
-                tail, state, _ = block(x[:, split:], state)
+                try:
+                    tail, state, _ = block(x[:, split:], state)
+                except NotImplementedError as refusal:
+                    assert name == "sdpa-cudnn"  # which takes no mask of this form everywhere
+                    pytest.skip(str(refusal))
                 got = torch.cat((head, tail), 1)
                 assert relative_error(got - x, expected - x.double()) <= ALLOWED_ERROR[dtype]
                 assert state.position == 300
@@ -651,10 +672,10 @@ class TestContract:
             y, after = block(x).x, block(changed).x
             alone = block(x[1:]).x
         assert relative_error(alone, y[1:]) <= ALLOWED_ERROR[dtype]
-        # An FFT mixes all positions, so its causality holds to rounding only.
-        assert relative_error(after[:, :150], y[:, :150]) <= (
-            ALLOWED_ERROR[dtype] if PEERS[name].op == "long_conv" else 0
-        )
+        # An FFT mixes all positions, and fla scales a chunk by the decay up to its middle: there
+        # causality holds to rounding only.
+        exact = PEERS[name].op in ("attention", "ssd")
+        assert relative_error(after[:, :150], y[:, :150]) <= (0 if exact else ALLOWED_ERROR[dtype])
         assert (after[:, 150] - y[:, 150]).abs().max() > 1e-3
 
 
