@@ -163,7 +163,9 @@ def _examine(kernel: Any, arch: int, launches: int) -> Compiled:
         kernel=kernel.metadata.name,
         arch=arch,
         launches=launches,
-        constants={k: v for k, v in constants.items() if isinstance(v, bool | int | float | str)},
+        constants={
+            k: v for k, v in constants.items() if isinstance(v, bool | int | float | str | None)
+        },
         warps=warps,
         stages=kernel.metadata.num_stages,
         registers=registers,

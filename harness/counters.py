@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,12 @@ DEVICES: dict[str, dict[str, float]] = {
 }
 ALLOWED_ERROR = 4e-3  # relative RMS in float16: `harness.correctness`
 LEGEND = (
-    "MB moved: each byte of memory once a kernel launch, inputs and results of each PyTorch "
-    "operation. floor: inputs and outputs once (backward: inputs, dy, gradients). sectors / "
-    "requested: 1 where lanes lie side by side. prediction: the slower of bytes, dots and "
-    "exponentials at assumed rates, launches not counted; never a measurement."
+    "launches: of Triton kernels. torch ops: PyTorch operations that move data; what happens "
+    "inside one is not seen. MB: each byte once a launch or operation. floor: inputs and outputs "
+    "once; backward: inputs, dy, gradients. sectors / asked: bytes of the 32-byte sectors that "
+    "accesses touch over bytes asked for. predicted: the slower of bytes, dots and exponentials "
+    "at assumed rates, launches not counted; never a measurement. error: relative, against ours "
+    "in float64."
 )
 DONE, RESULT = "#done", "#result"  # begin the lines of a job's output that are meant for us
 Document = dict[str, Any]
@@ -211,20 +214,20 @@ def tables(document: Document) -> Iterator[Table]:
 
     for op, shape in dict.fromkeys((row["op"], row["shape"]) for row in document["traffic"]):
         table = Table(title=f"{op}: {shape}; counted, no GPU")
-        table.add_column("implementation")
-        table.add_column("phase")
+        table.add_column("implementation", no_wrap=True)
+        table.add_column("phase", no_wrap=True)
         for name in (
-            "Triton launches",
-            "PyTorch operations",
-            "MB moved",
-            "/ floor",
-            "kernels / floor",
-            "sectors / requested",
+            "launches",
+            "torch ops",
+            "MB",
+            "MB / floor",
+            "kernels' MB / floor",
+            "sectors / asked",
             "GFLOP",
-            *(f"prediction for {device}, ms" for device in DEVICES),
-            "relative error",
+            *(f"{device}: predicted ms" for device in DEVICES),
+            "error",
         ):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold")
         for row in document["traffic"]:
             if (row["op"], row["shape"]) == (op, shape):
                 table.add_row(*_traffic_cells(row))
@@ -260,25 +263,26 @@ def _compiled_table(document: Document, op: str) -> Table:
     triton = document["versions"]["triton"]
     table = Table(title=f"{op}: compiled by Triton {triton}, no GPU", show_lines=True)
     table.add_column("kernel", overflow="fold")
-    kernels: dict[tuple[str, ...], dict[int, Document]] = {}
-    for row in document["compiled"]:
-        if row["op"] == op:
-            fixed = json.dumps(row["constants"], sort_keys=True)
-            key = (row["implementation"], row["kernel"], row["shape"], fixed)
-            kernels.setdefault(key, {})[row["arch"]] = row
-    archs = sorted({arch for by_arch in kernels.values() for arch in by_arch})
+    rows = [row for row in document["compiled"] if row["op"] == op]
+    archs = sorted({row["arch"] for row in rows})
+    # A kernel that is compiled several ways is told apart by order: its tiles may differ by GPU.
+    kernels: dict[tuple[str, ...], dict[int, list[Document]]] = {}
+    for row in rows:
+        key = (row["implementation"], row["kernel"], row["shape"])
+        kernels.setdefault(key, {arch: [] for arch in archs})[row["arch"]].append(row)
     for arch in archs:
         table.add_column(f"sm_{arch}")
-    for (implementation, kernel, *_), by_arch in kernels.items():
-        cells = (_compiled_cell(by_arch[arch]) if arch in by_arch else "" for arch in archs)
-        table.add_row(f"{implementation}\n{kernel}", *cells)
+    for (implementation, kernel, _), by_arch in kernels.items():
+        for ways in zip_longest(*by_arch.values()):
+            cells = [_compiled_cell(row) if row else "" for row in ways]
+            table.add_row(f"{implementation}\n{kernel}", *cells)
     return table
 
 
 def _compiled_cell(row: Document) -> str:
     cores = [f"{n} {name}" for name, n in row["opcodes"].items() if n and name[-3:] == "MMA"]
     said = [
-        f"{row['registers']} registers x {32 * row['warps']} threads",
+        f"{row['registers']} registers, {row['warps']} warps",
         f"{row['shared_bytes'] / 1024:.0f} KB shared, {row['programs_per_sm']} an SM",
         ", ".join(core for core in cores if not core.endswith("FFMA")),
         *row["remarks"],
