@@ -95,6 +95,7 @@ def test_atomics(counted):
 
 def test_descriptors_made_on_either_side(counted):
     on_device = kernel(counted["descriptors"], "transpose")
+    assert on_device["programs"] == 2 * 3
     assert on_device["descriptor_accesses"] == 2 * 6
     for argument in on_device["arguments"].values():
         assert argument["unique_bytes"] == argument["requested_bytes"] == 4 * 32 * 48
