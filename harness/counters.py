@@ -227,7 +227,8 @@ def tables(document: Document) -> Iterator[Table]:
             *(f"{device}: predicted ms" for device in DEVICES),
             "error",
         ):
-            table.add_column(name, justify="right", overflow="fold")
+            longest = max(map(len, name.split()))
+            table.add_column(name, justify="right", min_width=longest)
         for row in document["traffic"]:
             if (row["op"], row["shape"]) == (op, shape):
                 table.add_row(*_traffic_cells(row))

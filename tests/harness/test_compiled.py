@@ -34,6 +34,7 @@ def test_what_identifies_a_configuration():
     assert row.launches == 1
     assert row.constants == {"M": 64, "K": 32, "PRECISION": "tf32"}
     assert (row.warps, row.stages) == (4, 3)
+    assert only(M=128, warps=8).warps == 8
 
 
 def test_a_configuration_is_compiled_once_however_often_it_is_launched():
