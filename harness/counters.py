@@ -218,17 +218,16 @@ def tables(document: Document) -> Iterator[Table]:
         table.add_column("phase", no_wrap=True)
         for name in (
             "launches",
-            "torch ops",
+            "torch\nops",
             "MB",
-            "MB / floor",
-            "kernels' MB / floor",
-            "sectors / asked",
+            "MB /\nfloor",
+            "kernels\n/ floor",
+            "sectors\n/ asked",
             "GFLOP",
-            *(f"{device}: predicted ms" for device in DEVICES),
+            *(f"{device}:\npredicted\nms" for device in DEVICES),
             "error",
         ):
-            longest = max(map(len, name.split()))
-            table.add_column(name, justify="right", min_width=longest)
+            table.add_column(name, justify="right", no_wrap=True)
         for row in document["traffic"]:
             if (row["op"], row["shape"]) == (op, shape):
                 table.add_row(*_traffic_cells(row))

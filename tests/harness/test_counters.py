@@ -96,6 +96,11 @@ def test_tables(ssd, capsys):
         Console(width=120).print(table)
     said = capsys.readouterr().out
     assert "…" not in said
+    assert all(
+        line.endswith(("┓", "┃", "┩", "│", "┤", "┘"))
+        for line in said.splitlines()
+        if "no GPU" not in line and line[0] != "┡"
+    )
     for words in ("9.67", "3.31", "predicted", "_chunk_scan_fwd_kernel", "HGMMA", "no GPU"):
         assert words in said
 
