@@ -96,11 +96,7 @@ def test_tables(ssd, capsys):
         Console(width=120).print(table)
     said = capsys.readouterr().out
     assert "…" not in said
-    assert all(
-        line.endswith(("┓", "┃", "┩", "│", "┤", "┘"))
-        for line in said.splitlines()
-        if "no GPU" not in line and line[0] != "┡"
-    )
+    assert {line[-1] for line in said.splitlines() if line[0] == "│"} == {"│"}  # none is cut off
     for words in ("9.67", "3.31", "predicted", "_chunk_scan_fwd_kernel", "HGMMA", "no GPU"):
         assert words in said
 
