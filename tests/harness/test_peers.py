@@ -524,6 +524,17 @@ def test_a_float64_cell_of_a_peer_is_the_peers_and_its_reference_ours(called):
     assert len(calls) == 2
 
 
+def test_on_the_reference_backend_a_block_with_a_peer_is_ours(called):
+    calls = called("sdpa-math")
+    block = archs.build_block("transformer", width=64, backend="reference")
+    peers.stand_in(PEERS["sdpa-math"], [block])
+    block(torch.randn(1, 5, 64))
+    assert calls == []
+    block.backend = "torch"
+    block(torch.randn(1, 5, 64))
+    assert calls == [1]
+
+
 def test_mamba_ssm_is_differentiated_by_its_own_leaves(mamba_ssm, monkeypatch):
     """A and dt, where ours has log_decay and dt; both checked against the fold of ours."""
     peer = replace(PEERS["mamba_ssm"], needs_gpu=False, load=lambda: None)
