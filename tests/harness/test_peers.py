@@ -506,7 +506,7 @@ def test_a_peer_that_is_wrong_beyond_the_fold_is_found_in_a_prompt(called):
 
     def wrong(x, *arguments, **options):
         y, state = real(x, *arguments, **options)
-        return (1.01 * y if x.shape[1] > 100 else y), state
+        return (y + 1e-2 * y.roll(1, -1) if x.shape[1] > 100 else y), state
 
     called("ssd-minimal", wrong)
     asked = case("ssd-minimal", "block", "prefill", seq_len=120)
