@@ -77,7 +77,7 @@ def assert_same_function(call, ours, inputs, tolerance):
 def test_every_peer_is_of_an_operation_and_says_what_it_is():
     for name, peer in PEERS.items():
         assert peer.name == name
-        assert peer.op in peers.OURS
+        assert peer.op in peers.OUR_OPERATIONS
         assert set(peer.record()) == {"package", "version", "options"}
     assert {peer.op for peer in PEERS.values()} == set(ARCHS)
 
