@@ -527,6 +527,16 @@ def test_the_table_shows_ratios_noise_and_verdicts_and_no_time_of_a_wrong_one(tm
     assert [part.strip() for part in row.split("│")[2:-1]] == ["ssd-minimal", "wrong", *[""] * 5]
 
 
+def test_ours_comes_first_and_then_ours_again(tmp_path):
+    grid = replace(GRID, archs=["transformer", "mamba2"], lengths=(32, 64))
+    cells, _ = versus.joined(sweep.cells([grid]), "all", "cpu")
+    with record.RunDirectory(tmp_path) as directory:
+        for case in cells:
+            directory.write(record.Measurement(case=case, status="oom", environment={}))
+    found = report.frame(tmp_path)["implementation"].tolist()
+    assert found == 2 * [OURS, AGAIN, "sdpa-flash", "sdpa-math"] + 2 * BESIDE
+
+
 def test_ours_again_is_on_no_curve(tmp_path, listing):
     swept(tmp_path)
     drawn = {common["implementation"] for common, _ in report.curves(report.frame(tmp_path))}
