@@ -27,7 +27,7 @@ from harness.peer_calls import (
 from harness.worker import one_line
 
 __all__ = [
-    "OURS",
+    "OUR_OPERATIONS",
     "PEERS",
     "Peer",
     "PeerUnavailableError",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 # What peers stand in for.
-OURS: dict[str, Callable[..., Any]] = {
+OUR_OPERATIONS: dict[str, Callable[..., Any]] = {
     "attention": attention,
     "ssd": ssd,
     "wkv7": wkv7,
@@ -187,7 +187,7 @@ class StandIn:
     def __call__(self, *arguments: Any, backend: str, **options: Any) -> Any:
         """The peer's call; backend "reference" is the definition, which is ours."""
         if backend == "reference":
-            return OURS[self.peer.op](*arguments, backend=backend, **options)
+            return OUR_OPERATIONS[self.peer.op](*arguments, backend=backend, **options)
         return self.peer.call(*arguments, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
@@ -200,7 +200,7 @@ def stand_in(peer: Peer, blocks: Iterable[Block]) -> None:
     Raises:
         NotImplementedError: no block does.
     """
-    calling = [b for b in blocks if getattr(b, "operation", None) is OURS[peer.op]]
+    calling = [b for b in blocks if getattr(b, "operation", None) is OUR_OPERATIONS[peer.op]]
     if not calling:
         raise NotImplementedError(f"{peer.name} implements {peer.op}, which no block here calls")
     for block in calling:
@@ -212,4 +212,4 @@ def restore(blocks: Iterable[Block]) -> None:
     for block in blocks:
         operation = getattr(block, "operation", None)
         if isinstance(operation, StandIn):
-            block.operation = OURS[operation.peer.op]
+            block.operation = OUR_OPERATIONS[operation.peer.op]

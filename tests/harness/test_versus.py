@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from harness import ceilings, cost, record, report, run, sweep, timing, versus, workload
@@ -293,6 +294,21 @@ def test_one_that_breaks_leaves_the_others_to_go_on(planted, monkeypatch, status
     assert timed == [2]
 
 
+def test_a_device_that_is_left_in_an_error_ends_the_process(planted, monkeypatch):
+    """What a broken kernel left is raised by whoever waits for the device next."""
+
+    def broken(real, *arguments, **options):
+        monkeypatch.setattr(versus, "_settle", settle)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def settle(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    planted(broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        compared()
+
+
 def test_one_that_goes_wrong_while_it_is_timed_has_no_time(planted, monkeypatch):
     off = []
     planted(lambda real, *a, **kw: ((1 + len(off)) * real(*a, **kw)[0], None))
@@ -462,7 +478,21 @@ def test_replicates_of_a_comparison_run_in_processes_of_their_own(tmp_path, list
     found = record.load(tmp_path)[0]
     processes = {(m.case.replicate, m.environment["process"]) for m in found}
     assert len(found) == 6
-    assert len(processes) == 2
+    assert len(processes) == len({process for _, process in processes}) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_the_gpu_suite_runs(tmp_path):
+    grids = sweep.narrowed(
+        sweep.preset("h100-ops"), lengths=[1024], positions=[1024], batch=4, size="d256"
+    )
+    table = cost.run(grids, tmp_path, peers="all", device="cuda")
+    ours = table[table["implementation"].isin([OURS, AGAIN])]
+    assert set(ours["status"]) == {"ok"}, ours["reason"]
+    assert set(table["status"]) <= {"ok", "unsupported"}, table[["implementation", "reason"]]
+    assert (table.groupby("comparison")["process"].nunique() == 1).all()
+    assert (table["roofline_fraction"].dropna() < 1.05).all()
 
 
 # What is shown.
@@ -495,6 +525,16 @@ def test_the_table_shows_ratios_noise_and_verdicts_and_no_time_of_a_wrong_one(tm
     text = shown(versus.tables(cells))
     (row,) = [line for line in text.splitlines() if "ssd-minimal" in line]
     assert [part.strip() for part in row.split("│")[2:-1]] == ["ssd-minimal", "wrong", *[""] * 5]
+
+
+def test_ours_comes_first_and_then_ours_again(tmp_path):
+    grid = replace(GRID, archs=["transformer", "mamba2"], lengths=(32, 64))
+    cells, _ = versus.joined(sweep.cells([grid]), "all", "cpu")
+    with record.RunDirectory(tmp_path) as directory:
+        for case in cells:
+            directory.write(record.Measurement(case=case, status="oom", environment={}))
+    found = report.frame(tmp_path)["implementation"].tolist()
+    assert found == 2 * [OURS, AGAIN, "sdpa-flash", "sdpa-math"] + 2 * BESIDE
 
 
 def test_ours_again_is_on_no_curve(tmp_path, listing):
