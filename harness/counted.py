@@ -31,7 +31,7 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "long_conv": ({"B": 8, "D": 64, "T": 2048},),
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
 }
-OURS: dict[str, Callable[..., Any]] = {**peers.OURS, "short_conv": short_conv}
+OURS: dict[str, Callable[..., Any]] = {**peers.OUR_OPERATIONS, "short_conv": short_conv}
 # Peers made of Triton kernels, which the interpreter runs, or of PyTorch operations. What a fused
 # CUDA kernel moves inside cannot be seen.
 KERNEL_PEERS = {"ssd": ("mamba_ssm",)}

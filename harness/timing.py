@@ -110,6 +110,15 @@ def prepare_process(threads: int | None = None) -> dict[str, int | bool]:
     return {"threads": torch.get_num_threads(), "malloc_keeps_memory": kept}
 
 
+def first_call_ms(function: Callable[[], object], device: str = "cpu") -> float:
+    """Wall time of a callable's very first call, with all it compiles, plans and loads."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def observe(
     function: Callable[[], object],
     *,
@@ -130,7 +139,6 @@ def observe(
 
     Returns:
         Metrics, null where they cannot be had:
-        compile_ms, wall time of the very first call, with all it compiled, planned and loaded;
         peak_bytes and peak_source, of one warm call (`memory.peak`);
         time_ms_p20, _p50, _p80, sample_count, calls_per_sample, timing_contract;
         leak_bytes_per_call, growth of live memory over all calls of the window, 0 where it grew by
@@ -141,11 +149,7 @@ def observe(
         CUDA: sm_clock_mhz, power_w, temperature_c, throttle, read while the samples ran.
         Samples: "time_ms".
     """
-    start = time.perf_counter()
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    compile_ms = 1e3 * (time.perf_counter() - start)
     peak = memory.peak(function, device)
     windows = [_window(function, device, min_time_s)]
     while (
@@ -161,7 +165,6 @@ def observe(
         "sample_count": len(best.timed.times_ms),
         "calls_per_sample": best.timed.calls_per_sample,
         "timing_contract": best.timed.contract,
-        "compile_ms": compile_ms,
         "peak_bytes": peak.bytes,
         "peak_source": peak.source,
         "leak_bytes_per_call": best.leak_bytes_per_call,

@@ -8,7 +8,6 @@ strays from 1 is the noise.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -149,14 +148,11 @@ def _enter(case: Case, device: str) -> _Entrant:
     Raises:
         WrongResultError: the result differs from the reference.
     """
-    from harness import cost, memory
+    from harness import cost, memory, timing
     from harness.workload import ALLOWED_ERROR, build
 
     workload = build(case, device)
-    start = time.perf_counter()
-    workload.function()
-    _settle(device)
-    compile_ms = 1e3 * (time.perf_counter() - start)
+    compile_ms = timing.first_call_ms(workload.function, device)
     error = cost.checked(workload.check(), ALLOWED_ERROR[case.dtype])
     peak = memory.peak(workload.function, device)
     metrics = {

@@ -1,11 +1,12 @@
 import io
 import math
+import time
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import cost, report, sweep
+from harness import cost, report, sweep, workload
 from harness.record import Case
 from harness.sweep import Grid
 from harness.worker import attempt
@@ -193,3 +194,21 @@ def test_tables_show_where_a_curve_ends(swept):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report.tables(cells)[0])
     assert "oom" in console.export_text()
+
+
+def test_the_first_call_of_a_cell_is_reported_whatever_the_check_warms_up(monkeypatch):
+    waits = iter([0.2])
+
+    def function():
+        time.sleep(next(waits, 0.001))
+
+    def check():
+        function()
+        return 0.0
+
+    counted = {"work_flops": 0, "floor_bytes": 0}
+    built = workload.Workload(function=function, counted=counted, check=check)
+    monkeypatch.setattr(workload, "build", lambda case, device: built)
+    metrics, _ = cost.measure(case(), "cpu", CEILINGS)
+    assert 200 <= metrics["compile_ms"] < 300
+    assert metrics["time_ms_p80"] < 100

@@ -69,6 +69,13 @@ def test_main_tensors_are_read_side_by_side(ssd):
     assert scan["dot_flops"]["fp16"] > 1e9
 
 
+def test_autotuned_kernels_have_their_largest_tiles(ssd):
+    kernels = row(ssd, "mamba_ssm", "forward")["kernels"]
+    programs = {k["name"]: k["programs"] for k in kernels}
+    assert programs["_state_passing_fwd_kernel"] == 8 * (128 * 64 // 2048)
+    assert programs["_chunk_cumsum_fwd_kernel"] == 4
+
+
 def test_every_result_is_right(ssd):
     assert {r["implementation"] for r in ssd["traffic"]} == {"torch", "mamba_ssm", "ssd-minimal"}
     assert all(r["relative_error"] < 1e-3 for r in ssd["traffic"])
