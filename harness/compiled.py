@@ -49,6 +49,7 @@ MULTIPROCESSORS = {
 }
 REGISTERS_ALLOCATED = 256  # a warp's come in multiples of this
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*)")
+MANY_FFMA = 32  # in loops: a matrix product by hand, or one that lost its tensor cores
 LABEL = re.compile(r"^\s*(\.L\w+):")
 DOT = re.compile(r"tt\.dot\b.*")
 
@@ -174,9 +175,9 @@ def _examine(kernel: Any, arch: int, launches: int) -> Compiled:
         instructions=opcodes.total(),
         opcodes={name: opcodes[name] for name in OPCODES},
         spills=opcodes["LDL"] + opcodes["STL"],
-        spills_in_loops=in_loops,
+        spills_in_loops=in_loops["LDL"] + in_loops["STL"],
         programs_per_sm=programs,
-        remarks=tuple(remarks(arch, opcodes, kernel.asm["ttir"], programs)),
+        remarks=tuple(remarks(arch, opcodes, in_loops, kernel.asm["ttir"], programs)),
     )
 
 
@@ -190,30 +191,26 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _instructions(listing: str) -> tuple[Counter[str], int]:
-    """How often each opcode stands in a disassembly, and how many spills stand in loops.
+def _instructions(listing: str) -> tuple[Counter[str], Counter[str]]:
+    """How often each opcode stands in a disassembly, and how often inside loops.
 
     A loop is what lies between a label and a later branch to it.
     """
-    opcodes: Counter[str] = Counter()
+    opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
-    spills: list[int] = []
-    place = 0
     for line in listing.splitlines():
         if label := LABEL.match(line):
-            labels[label[1]] = place
+            labels[label[1]] = len(opcodes)
         elif instruction := INSTRUCTION.search(line):
-            opcode, operands = instruction[1], instruction[3]
-            opcodes[opcode] += 1
-            if opcode in ("LDL", "STL"):
-                spills.append(place)
+            place, opcode, operands = len(opcodes), instruction[1], instruction[3]
+            opcodes.append(opcode)
             target = re.search(r"\.L\w+", operands)
             # The last instruction branches to itself: padding, not a loop.
             if opcode == "BRA" and target and labels.get(target[0], place) < place:
                 loops.append((labels[target[0]], place))
-            place += 1
-    return opcodes, sum(any(a <= at <= b for a, b in loops) for at in spills)
+    inside = (op for at, op in enumerate(opcodes) if any(a <= at <= b for a, b in loops))
+    return Counter(opcodes), Counter(inside)
 
 
 def programs_per_sm(arch: int, registers: int, shared_bytes: int, warps: int) -> int:
@@ -228,26 +225,29 @@ def programs_per_sm(arch: int, registers: int, shared_bytes: int, warps: int) ->
     )
 
 
-def remarks(arch: int, opcodes: Counter[str], ttir: str, programs: int) -> Iterator[str]:
-    """What a reader should look at; spills, the number, stand for themselves.
+def remarks(
+    arch: int, opcodes: Counter[str], in_loops: Counter[str], ttir: str, programs: int
+) -> Iterator[str]:
+    """What a reader should look at.
 
     Args:
         arch: compute capability times ten.
         opcodes: how often each stands in the binary.
+        in_loops: how often inside its loops.
         ttir: Triton's intermediate code, which says how exact each dot is.
         programs: how many fit on a multiprocessor.
     """
     if not programs:
         yield "does not fit: too much shared memory"
     if spills := opcodes["LDL"] + opcodes["STL"]:
-        yield f"{spills} spills"
+        yield f"{spills} spills, {in_loops['LDL'] + in_loops['STL']} in loops"
     dots = DOT.findall(ttir)
     exact = [dot for dot in dots if "xf32>" in dot and "inputPrecision" not in dot]
     if exact:
         yield f"{len(exact)} of {len(dots)} dots ieee"
     cores = {name for name in opcodes if TENSOR_CORE.fullmatch(name)}
-    if len(dots) > len(exact) and not cores:
-        yield "no tensor cores"
+    if not cores and (len(dots) > len(exact) or in_loops["FFMA"] >= MANY_FFMA):
+        yield f"no tensor cores, {in_loops['FFMA']} FFMA in loops"
     wanted = ASYNCHRONOUS.get(arch)
     if wanted and cores and (old := sorted(c for c in cores if not wanted.fullmatch(c))):
         yield f"{' '.join(old)} instead of sm_{arch}'s own"

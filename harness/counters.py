@@ -280,13 +280,11 @@ def _compiled_table(document: Document, op: str) -> Table:
 
 
 def _compiled_cell(row: Document) -> str:
-    cores = [f"{n} {name}" for name, n in row["opcodes"].items() if n and name[-3:] == "MMA"]
+    cores = [f"{n} {name}" for name, n in row["opcodes"].items() if n and name.endswith("MMA")]
     said = [
         f"{row['registers']} registers, {row['warps']} warps",
         f"{row['shared_bytes'] / 1024:.0f} KB shared, {row['programs_per_sm']} an SM",
-        ", ".join(core for core in cores if not core.endswith("FFMA")),
+        *([", ".join(cores)] if cores else []),
         *row["remarks"],
     ]
-    if row["spills"]:
-        said[said.index(f"{row['spills']} spills")] += f", {row['spills_in_loops']} in loops"
-    return "\n".join(part for part in said if part)
+    return "\n".join(said)

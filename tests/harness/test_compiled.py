@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_a_tile_too_large_spills_and_says_so():
     assert bad.spills == bad.opcodes["LDL"] + bad.opcodes["STL"]
     assert bad.spills_in_loops > 0
     assert bad.stack_bytes > 0
-    assert f"{bad.spills} spills" in bad.remarks
+    assert f"{bad.spills} spills, {bad.spills_in_loops} in loops" in bad.remarks
 
 
 def test_an_exact_dot_is_named():
@@ -88,13 +90,18 @@ def test_a_dropped_tensor_core_path_changes_the_table():
     row = only(kernel=kernels.product_without_dot)
     assert row.opcodes["HGMMA"] == row.opcodes["HMMA"] == 0
     assert row.opcodes["FFMA"] > only().opcodes["FFMA"]
-    assert row.remarks == ()  # it has no dot that could have used them
+    (remark,) = row.remarks
+    assert re.fullmatch(r"no tensor cores, (\d+) FFMA in loops", remark)
+    assert 32 <= int(remark.split()[3]) <= row.opcodes["FFMA"]
 
 
 def test_dots_that_found_no_tensor_core():
     ttir = "%9 = tt.dot %7, %8, %6, inputPrecision = tf32 : tensor<16x16xf32> * tensor<16x16xf32>"
-    found = list(compiled.remarks(90, compiled.Counter({"FFMA": 99}), ttir, 1))
-    assert found == ["no tensor cores"]
+    opcodes = compiled.Counter({"FFMA": 9})
+    assert list(compiled.remarks(90, opcodes, opcodes, ttir, 1)) == [
+        "no tensor cores, 9 FFMA in loops"
+    ]
+    assert list(compiled.remarks(90, opcodes, opcodes, "", 1)) == []
 
 
 def test_too_much_shared_memory_is_named():
@@ -180,7 +187,7 @@ LISTING = """
 def test_instructions_and_spills_inside_loops():
     opcodes, in_loops = compiled._instructions(LISTING)
     assert opcodes == {"LDC": 1, "STL": 1, "LDL": 2, "HGMMA": 1, "BRA": 3}
-    assert in_loops == 1
+    assert in_loops == {"LDL": 1, "HGMMA": 1, "BRA": 2}
 
 
 def test_a_tool_that_fails_says_what_it_said(tmp_path):
