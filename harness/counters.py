@@ -92,6 +92,7 @@ def count(
         raise ValueError(
             f"{triton} holds no Triton; run: pip install --no-deps --target {triton} triton==3.6.0"
         )
+    ops = list(dict.fromkeys(ops))
     kinds = ("compiled",) if triton else ("traffic", "compiled")
     # A process a core: each spends seconds on its imports.
     groups = max(1, min(len(ops), (os.cpu_count() or 1) // len(kinds)))
@@ -148,17 +149,18 @@ def _result(process: subprocess.Popen[str], on_finish: Callable[[str], None]) ->
     """What a job replies last; before that it says what it has done."""
     assert process.stdout is not None
     said = "it said nothing"
-    for line in process.stdout:
-        kind, _, text = line.rstrip().partition(" ")
-        if kind == DONE:
-            on_finish(text)
-        elif kind == RESULT:
-            return json.loads(text)
-        else:
-            said = line
+    with process:
+        for line in process.stdout:
+            kind, _, text = line.rstrip().partition(" ")
+            if kind == DONE:
+                on_finish(text)
+            elif kind == RESULT:
+                return json.loads(text)
+            else:
+                said = line
     raise CountingFailedError(
-        f"counting ended with code {process.wait()}: {one_line(said)}; seqscale doctor says what "
-        "works here"
+        f"counting ended with code {process.returncode}: {one_line(said)}; seqscale doctor says "
+        "what works here"
     )
 
 
