@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import counters
+from harness import compiled, correctness, counted, counters, pretend
 from harness.run import child_environment
 
 
@@ -196,3 +196,9 @@ def test_a_prediction_is_the_slowest_of_bytes_dots_and_exponentials():
     operations = [{"unique_bytes": 1e6, "flops": 7e9}]  # 7 ms
     row = {"kernels": kernels, "operations": operations}
     assert counters.predicted_ms(row, rates) == 17
+
+
+def test_what_the_command_repeats_so_that_it_starts_without_torch():
+    assert tuple(counted.SHAPES) == counters.OPS
+    assert pretend.ARCHS == tuple(compiled.MULTIPROCESSORS) == counters.ARCHS
+    assert correctness.ALLOWED_ERROR["float16"] == counters.ALLOWED_ERROR
