@@ -1,5 +1,12 @@
+import os
+
 import torch
 
 # The tensors here are small: more threads only wait for each other, and pytest-xdist's workers
 # use the cores.
 torch.set_num_threads(1)
+
+# Without a GPU our Triton kernels run in the interpreter, which must be chosen before they are
+# imported. Tests that compile kernels do so in processes of their own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

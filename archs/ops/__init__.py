@@ -2,14 +2,20 @@
 
 Every module `X` here holds one operation: `X_step` (the recurrence, one token), `X_reference`
 (its fold over the sequence: the definition, exact in float64), `X_torch` (vectorised PyTorch) and
-`X` (calls exactly the backend asked for).
+`X` (calls exactly the backend asked for). `X_kernel` holds its Triton kernels, and is imported only
+where they are asked for.
 """
 
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import Literal, get_args
+
+import torch
 
 Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -27,3 +33,37 @@ def no_such_backend(operation: str, backend: str) -> Exception:
     return ValueError(
         f"{operation}: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}{hint}"
     )
+
+
+def kernels(operation: str, x: torch.Tensor) -> ModuleType:
+    """The module of an operation's Triton kernels, for main inputs like x.
+
+    Raises:
+        BackendUnavailableError: they cannot run on x here.
+    """
+
+    def refusal(reason: str) -> BackendUnavailableError:
+        return BackendUnavailableError(f"{operation}: backend 'triton' {reason}")
+
+    try:
+        import triton
+    except ImportError:
+        raise refusal("needs Triton, which runs on Linux: pip install triton") from None
+    if x.dtype not in KERNEL_DTYPES:
+        raise refusal(f"has no kernels in {str(x.dtype).removeprefix('torch.')}; use 'torch'")
+    if triton.knobs.runtime.interpret:
+        if x.dtype == torch.bfloat16:
+            raise refusal(
+                "in Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+            )
+    elif not has_gpu(x):
+        raise refusal(
+            f"needs an NVIDIA GPU, and x is on {x.device}; use 'torch', or set TRITON_INTERPRET=1 "
+            "before Python starts, to run kernels slowly on a CPU"
+        )
+    return import_module(f"archs.ops.{operation}_kernel")
+
+
+def has_gpu(x: torch.Tensor) -> bool:
+    """Whether compiled kernels can be launched on x."""
+    return x.is_cuda
