@@ -8,6 +8,8 @@ from unittest.mock import patch
 
 import torch
 
+import archs.ops
+
 # Multiprocessors, L2 and memory of A100 SXM, H100 SXM and B200 (NVIDIA's architecture papers).
 PROPERTIES = {
     80: (108, 40 << 20, 80 << 30),
@@ -44,6 +46,7 @@ def gpu(arch: int) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(archs.ops, "has_gpu", lambda x: True))
         stack.enter_context(_one_configuration())
         yield
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from harness.compiled import Compiled, compile_launches
+
 
 @triton.jit
 def product(
@@ -64,7 +66,36 @@ def copy_by_descriptor(x, y, M: tl.constexpr):
     target.store([0, 0], source.load([0, 0]))
 
 
-def call(kernel=product, M=64, K=64, precision="tf32", dtype=torch.float16, warps=4, n=512):
+def call(kernel="product", M=64, K=64, precision="tf32", dtype=torch.float16, warps=4, n=512):
     """Launch a product; of a result nothing is computed where launches are only compiled."""
     a, b = torch.zeros(M, n, dtype=dtype), torch.zeros(n, M, dtype=dtype)
-    kernel[(1,)](a, b, torch.zeros(M, M), n, M=M, K=K, PRECISION=precision, num_warps=warps)
+    launch = globals()[kernel][(1,)]
+    launch(a, b, torch.zeros(M, M), n, M=M, K=K, PRECISION=precision, num_warps=warps)
+
+
+def rows(arch: int, calls: list[dict]) -> list[Compiled]:
+    """What is compiled of several calls, each with its arguments of `call`."""
+    return compile_launches(lambda: [call(**arguments) for arguments in calls], arch)
+
+
+def rows_and_result(arch: int) -> tuple[list[Compiled], torch.Tensor]:
+    """What is compiled of a product, and the memory that it would write, full of sevens."""
+    a, c = torch.ones(64, 64), torch.full((64, 64), 7.0)
+    found = compile_launches(lambda: product[(1,)](a, a, c, 64, M=64, K=64, PRECISION="tf32"), arch)
+    return found, c
+
+
+def rows_of_a_copy_by_descriptor(arch: int) -> list[Compiled]:
+    x = torch.zeros(64, 64, dtype=torch.float16)
+    return compile_launches(lambda: copy_by_descriptor[(1,)](x, x, M=64), arch)
+
+
+def rows_of_tuned(arch: int) -> tuple[list[Compiled], list[int]]:
+    """What is compiled of an autotuned kernel, and the tiles it has afterwards."""
+    found = compile_launches(lambda: tuned[(1,)](torch.ones(9), torch.ones(9), 9), arch)
+    return found, [c.kwargs["BLOCK"] for c in tuned.configs]
+
+
+def rows_of_a_tuned_product(arch: int) -> list[Compiled]:
+    a, c = torch.ones(128, 1024, dtype=torch.float16), torch.ones(128, 128)
+    return compile_launches(lambda: tuned_product[(1,)](a, a, c, 1024, M=128), arch)

@@ -1,16 +1,35 @@
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 
 import compiled_kernels as kernels
 from harness import compiled, pretend
-from harness.compiled import compile_launches, programs_per_sm
+from harness.compiled import programs_per_sm
 
 
-def only(arch=90, **changes):
-    (row,) = compile_launches(lambda: kernels.call(**changes), arch)
-    return row
+@pytest.fixture(scope="module")
+def compiler():
+    """Calls a function in a process that compiles kernels: this one interprets them."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.fixture
+def only(compiler):
+    """What one call of `kernels.call` compiles."""
+
+    def compile_one(arch=90, **changes):
+        (row,) = compiler(kernels.rows, arch, [changes])
+        return row
+
+    return compile_one
 
 
 @pytest.mark.parametrize(
@@ -18,7 +37,7 @@ def only(arch=90, **changes):
     [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")],
     ids=("a100", "h100", "b200"),
 )
-def test_a_product_uses_the_tensor_cores_of_each_gpu(arch, opcode):
+def test_a_product_uses_the_tensor_cores_of_each_gpu(only, arch, opcode):
     row = only(arch, M=128)
     assert row.opcodes[opcode] > 0
     assert row.remarks == ()
@@ -30,7 +49,7 @@ def test_a_product_uses_the_tensor_cores_of_each_gpu(arch, opcode):
     assert row.programs_per_sm >= 1
 
 
-def test_what_identifies_a_configuration():
+def test_what_identifies_a_configuration(only):
     row = only(M=64, K=32)
     assert row.kernel == "product"
     assert row.launches == 1
@@ -39,28 +58,18 @@ def test_what_identifies_a_configuration():
     assert only(M=128, warps=8).warps == 8
 
 
-def test_a_configuration_is_compiled_once_however_often_it_is_launched():
-    def twice_and_another():
-        kernels.call()
-        kernels.call()
-        kernels.call(K=32)
-
-    rows = compile_launches(twice_and_another, 90)
+def test_a_configuration_is_compiled_once_however_often_it_is_launched(compiler):
+    rows = compiler(kernels.rows, 90, [{}, {}, {"K": 32}])
     assert [(row.constants["K"], row.launches) for row in rows] == [(64, 2), (32, 1)]
 
 
-def test_nothing_runs():
-    c = torch.full((64, 64), 7.0)
-    a = torch.ones(64, 64)
-
-    def launch():
-        kernels.product[(1,)](a, a, c, 64, M=64, K=64, PRECISION="tf32")
-
-    assert len(compile_launches(launch, 90)) == 1
-    assert torch.equal(c, torch.full((64, 64), 7.0))
+def test_nothing_runs(compiler):
+    rows, result = compiler(kernels.rows_and_result, 90)
+    assert len(rows) == 1
+    assert torch.equal(result, torch.full((64, 64), 7.0))
 
 
-def test_a_tile_too_large_spills_and_says_so():
+def test_a_tile_too_large_spills_and_says_so(only):
     good, bad = only(), only(M=256)
     assert good.spills == 0
     assert bad.spills > 0
@@ -70,7 +79,7 @@ def test_a_tile_too_large_spills_and_says_so():
     assert f"{bad.spills} spills, {bad.spills_in_loops} in loops" in bad.remarks
 
 
-def test_an_exact_dot_is_named():
+def test_an_exact_dot_is_named(only):
     good, bad = only(dtype=torch.float32), only(dtype=torch.float32, precision="ieee")
     assert good.remarks == ()
     assert good.opcodes["HGMMA"] > 0
@@ -79,15 +88,15 @@ def test_an_exact_dot_is_named():
     assert bad.opcodes["FFMA"] > 100 > good.opcodes["FFMA"]
 
 
-def test_a_tile_too_small_falls_back_to_older_instructions():
+def test_a_tile_too_small_falls_back_to_older_instructions(only):
     row = only(M=32)
     assert row.remarks == ("HMMA instead of sm_90's own",)
     assert row.opcodes["HGMMA"] == 0
     assert only(80, M=32).remarks == ()
 
 
-def test_a_dropped_tensor_core_path_changes_the_table():
-    row = only(kernel=kernels.product_without_dot)
+def test_a_dropped_tensor_core_path_changes_the_table(only):
+    row = only(kernel="product_without_dot")
     assert row.opcodes["HGMMA"] == row.opcodes["HMMA"] == 0
     assert row.opcodes["FFMA"] > only().opcodes["FFMA"]
     (remark,) = row.remarks
@@ -104,37 +113,28 @@ def test_dots_that_found_no_tensor_core():
     assert list(compiled.remarks(90, opcodes, opcodes, "", 1)) == []
 
 
-def test_too_much_shared_memory_is_named():
+def test_too_much_shared_memory_is_named(only):
     row = only(M=128, K=256, dtype=torch.float32, n=4096)
     assert row.shared_bytes > 227 << 10
     assert row.programs_per_sm == 0
     assert "does not fit: too much shared memory" in row.remarks
 
 
-def test_descriptors_become_bulk_copies():
-    def launch():
-        x = torch.zeros(64, 64, dtype=torch.float16)
-        kernels.copy_by_descriptor[(1,)](x, x, M=64)
-
-    (row,) = compile_launches(launch, 90)
+def test_descriptors_become_bulk_copies(compiler):
+    (row,) = compiler(kernels.rows_of_a_copy_by_descriptor, 90)
     assert row.opcodes["UTMALDG"] > 0
-    (row,) = compile_launches(launch, 80)
+    (row,) = compiler(kernels.rows_of_a_copy_by_descriptor, 80)
     assert row.opcodes["UTMALDG"] == 0
 
 
-def test_of_an_autotuned_kernel_the_largest_tiles():
-    (row,) = compile_launches(lambda: kernels.tuned[(1,)](torch.ones(9), torch.ones(9), 9), 90)
+def test_of_an_autotuned_kernel_the_largest_tiles(compiler):
+    (row,), blocks = compiler(kernels.rows_of_tuned, 90)
     assert row.constants["BLOCK"] == 16384
-    assert [c.kwargs["BLOCK"] for c in kernels.tuned.configs] == [1024, 16384, 256]
+    assert blocks == [1024, 16384, 256]
 
 
-def test_of_an_autotuned_kernel_the_largest_tiles_that_fit():
-    a, c = torch.ones(128, 1024, dtype=torch.float16), torch.ones(128, 128)
-
-    def launch():
-        kernels.tuned_product[(1,)](a, a, c, 1024, M=128)
-
-    (row,) = compile_launches(launch, 90)
+def test_of_an_autotuned_kernel_the_largest_tiles_that_fit(compiler):
+    (row,) = compiler(kernels.rows_of_a_tuned_product, 90)
     assert row.constants["K"] == 64
     assert row.remarks == ()
 

@@ -159,7 +159,8 @@ def test_an_access_outside_the_arguments_is_an_error_that_names_the_kernel(docum
     )
 
 
-def test_without_the_interpreter_nothing_is_counted():
+def test_without_the_interpreter_nothing_is_counted(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not os.environ.get("TRITON_INTERPRET")
     with pytest.raises(traffic.UncountableError, match="set TRITON_INTERPRET=1 before"):
         traffic.count(lambda: None)
