@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, no_such_backend
+from archs.ops import Backend, kernels, no_such_backend
 
 Activation = Literal["silu"] | None
 
@@ -79,7 +79,7 @@ def short_conv(
         bias: (D,).
         state: (B, D, W-1), the inputs before x, oldest first, in x's dtype; None means zeros.
         activation: None or "silu", applied to the sum.
-        backend: "reference" or "torch".
+        backend: "reference", "torch" or "triton".
 
     Returns:
         y (B, T, D) in x's dtype, and the state after x exactly when one was passed in.
@@ -96,6 +96,9 @@ def short_conv(
         return y, None if state is None else end
     if backend == "torch":
         return short_conv_torch(x, weight, bias, state, activation)
+    if backend == "triton":
+        kernel = kernels("short_conv", x)
+        return kernel.short_conv_triton(x, weight, bias, state, activation)
     raise no_such_backend("short_conv", backend)
 
 
