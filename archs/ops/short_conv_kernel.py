@@ -11,6 +11,7 @@ order: the same bits every time.
 Letters: B batch, T tokens, D channels, W taps.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from archs.ops.short_conv import Activation
 # much, 4). CHUNK tokens are loaded before the first is used, which keeps enough bytes in flight.
 # A run is long against the W-1 tokens that it reads again, and short enough for 1,000 programs
 # at 32,768 tokens of 2,048 channels.
-FORWARD = {"RUNS": 4, "STEPS": 32, "CHUNK": 8, "BLOCK_D": 256, "num_warps": 4}
-BACKWARD = {"RUNS": 4, "STEPS": 64, "CHUNK": 4, "BLOCK_D": 128, "num_warps": 4}
+FORWARD = {"RUNS": 4, "STEPS": 32, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 256, "num_warps": 4}
+BACKWARD = {"RUNS": 4, "STEPS": 64, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 128, "num_warps": 4}
 STEP = {"BLOCK_D": 256, "num_warps": 4}
 TOTAL = {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
 
@@ -60,6 +61,15 @@ def _inputs(x, state, t, o_d, m_d, T, stride_t, W: tl.constexpr):
 
 
 @triton.jit
+def _chunk(p_x, m_d, step, n, stride_t, CHUNK: tl.constexpr):
+    """CHUNK tokens of every run from its token `step` on, zeros from its token n (RUNS, 1) on."""
+    xs = ()
+    for i in tl.static_range(CHUNK):
+        xs += (tl.load(p_x + i * stride_t, mask=(step + i < n) & m_d, other=0.0),)
+    return xs  # CHUNK times (RUNS, BLOCK_D)
+
+
+@triton.jit
 def _taps(weight, o_d, m_d, W: tl.constexpr):
     """The taps in float32, the oldest token's first."""
     taps = ()
@@ -72,17 +82,10 @@ def _taps(weight, o_d, m_d, W: tl.constexpr):
 def _bias(bias, o_d, m_d):
     """The bias in float32, zeros if there is none."""
     if bias is None:
-        return tl.zeros(o_d.shape, tl.float32)
-    return tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _weighted(taps, inputs, shift, W: tl.constexpr):
-    """The sum under the activation."""
-    z = shift
-    for i in tl.static_range(W):
-        z += taps[i] * inputs[i]
-    return z
+        shift = tl.zeros(o_d.shape, tl.float32)
+    else:
+        shift = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
+    return shift  # of o_d's shape
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -102,6 +105,7 @@ def _forward_kernel(
     RUNS: tl.constexpr,
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     n_d, n_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, RUNS * STEPS)
@@ -121,18 +125,19 @@ def _forward_kernel(
     before = ()  # W-1 times (RUNS, BLOCK_D)
     for i in tl.static_range(W - 1):
         before += (_inputs(x, state, t_start - (W - 1) + i, o_d, m_d, T, stride_t, W),)
-    for step in range(0, min(STEPS, T - first), CHUNK):
-        xs = ()
-        for i in tl.static_range(CHUNK):
-            t = t_start + step + i
-            xs += (tl.load(x + t * stride_t + o_d, mask=(t < T) & m_d, other=0.0),)
+    n = tl.minimum(T - t_start, STEPS).to(tl.int32)  # (RUNS, 1), tokens of each run
+    p_x = x + t_start * stride_t + o_d  # (RUNS, BLOCK_D)
+    p_y = y + t_start * D + o_d
+    for step in tl.range(0, min(STEPS, T - first), CHUNK, num_stages=STAGES):
+        xs = _chunk(p_x + step * stride_t, m_d, step, n, stride_t, CHUNK)
         for i in tl.static_range(CHUNK):
             inputs = before + (xs[i].to(tl.float32),)
-            z = _weighted(taps, inputs, shift, W)
+            z = shift
+            for j in tl.static_range(W):
+                z += taps[j] * inputs[j]
             if SILU:
-                z *= tl.sigmoid(z)
-            t = t_start + step + i
-            tl.store(y + t * D + o_d, z.to(y.dtype.element_ty), mask=(t < T) & m_d)
+                z = z / (1 + tl.exp(-z))
+            tl.store(p_y + (step + i) * D, z.to(y.dtype.element_ty), mask=(step + i < n) & m_d)
             before = inputs[1:]
 
     if end is not None:
@@ -166,6 +171,7 @@ def _backward_kernel(
     RUNS: tl.constexpr,
     STEPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     RUN: tl.constexpr = STEPS - (W - 1)  # its last gradients come W-1 steps after its last inputs
@@ -195,44 +201,48 @@ def _backward_kernel(
         g_before += (zeros,)
         dtaps += (zeros,)
     dbias = zeros
-    for step in range(0, min(STEPS, T + W - 1 - first), CHUNK):
-        xs, dys = (), ()
+    n = tl.minimum(T - t_start, STEPS).to(tl.int32)  # (RUNS, 1), tokens that each run reads
+    n_own = tl.minimum(n, RUN)  # and those that it forms gradients of
+    p_x = x + t_start * stride_t + o_d  # (RUNS, BLOCK_D)
+    p_dy = dy + t_start * stride_dyt + o_d
+    p_dx = dx + (t_start - (W - 1)) * D + o_d
+    for step in tl.range(0, min(STEPS, T + W - 1 - first), CHUNK, num_stages=STAGES):
+        xs = _chunk(p_x + step * stride_t, m_d, step, n, stride_t, CHUNK)
+        dys = _chunk(p_dy + step * stride_dyt, m_d, step, n, stride_dyt, CHUNK)
         for i in tl.static_range(CHUNK):
-            t = t_start + step + i
-            m_t = (t < T) & m_d
-            xs += (tl.load(x + t * stride_t + o_d, mask=m_t, other=0.0),)
-            dys += (tl.load(dy + t * stride_dyt + o_d, mask=m_t, other=0.0),)
-        for i in tl.static_range(CHUNK):
-            t = t_start + step + i
             inputs = before + (xs[i].to(tl.float32),)
             g = dys[i].to(tl.float32)
             if SILU:
-                z = _weighted(taps, inputs, shift, W)
-                s = tl.sigmoid(z)
+                z = shift
+                for j in tl.static_range(W):
+                    z += taps[j] * inputs[j]
+                s = 1 / (1 + tl.exp(-z))
                 g *= s * (1 + z * (1 - s))
-            own = tl.where(t < t_start + RUN, g, 0.0)
+            own = tl.where(step + i < RUN, g, 0.0)
             dbias += own
             summed = ()
             for j in tl.static_range(W):
                 summed += (dtaps[j] + own * inputs[j],)
             dtaps = summed
 
+            done = step + i - (W - 1)  # the token of each run whose gradient is complete
             gs = g_before + (g,)
-            s_t = t - (W - 1)  # the token whose gradient is complete
             dx_t = taps[0] * gs[W - 1]
             for j in tl.static_range(W - 1):
                 dx_t += taps[W - 1 - j] * gs[j]
             if dend is not None:
-                if i_t * RUNS * RUN + RUNS * RUN + W - 1 > T:
-                    p_dend = dend + o_d * (W - 1) + (s_t - T + W - 1)
-                    m_end = (s_t >= T - (W - 1)) & (s_t < T) & m_d
+                if first + RUNS * RUN > T - (W - 1):
+                    o_end = t_start + done - (T - (W - 1))
+                    m_end = (o_end >= 0) & (o_end < W - 1) & m_d
+                    p_dend = dend + o_d * (W - 1) + o_end
                     dx_t += tl.load(p_dend, mask=m_end, other=0.0).to(tl.float32)
-            m_own = (s_t >= t_start) & (s_t < T) & m_d
-            tl.store(dx + s_t * D + o_d, dx_t.to(dx.dtype.element_ty), mask=m_own)
+            m_dx = (done >= 0) & (done < n_own) & m_d
+            tl.store(p_dx + (step + i) * D, dx_t.to(dx.dtype.element_ty), mask=m_dx)
             if dstate is not None:
-                if (i_t == 0) & (step + i < W - 1):
-                    p_dstate = dstate + o_d * (W - 1) + (s_t + W - 1)
-                    tl.store(p_dstate, dx_t.to(dstate.dtype.element_ty), mask=(s_t < 0) & m_d)
+                if (first == 0) & (done < 0):
+                    p_dstate = dstate + o_d * (W - 1) + (t_start + done + W - 1)
+                    m_dstate = (t_start + done < 0) & m_d
+                    tl.store(p_dstate, dx_t.to(dstate.dtype.element_ty), mask=m_dstate)
             before, g_before = inputs[1:], gs[1:]
 
     o_c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -296,9 +306,11 @@ def _step_kernel(
     inputs += (tl.load(x + i_b * stride_b + o_d, mask=m_d, other=0.0).to(tl.float32),)
     for i in tl.static_range(W - 1):
         tl.store(end + o_state + i, inputs[i + 1].to(end.dtype.element_ty), mask=m_d)
-    z = _weighted(_taps(weight, o_d, m_d, W), inputs, _bias(bias, o_d, m_d), W)
+    taps, z = _taps(weight, o_d, m_d, W), _bias(bias, o_d, m_d)
+    for i in tl.static_range(W):
+        z += taps[i] * inputs[i]
     if SILU:
-        z *= tl.sigmoid(z)
+        z = z / (1 + tl.exp(-z))
     tl.store(y + i_b * D + o_d, z.to(y.dtype.element_ty), mask=m_d)
 
 
@@ -478,10 +490,10 @@ for _op in (short_conv_op, short_conv_step_op):
 @register_flop_formula([torch.ops.seqscale.short_conv, torch.ops.seqscale.short_conv_step])
 def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
     """A multiply and an add a tap."""
-    return 2 * x_shape.numel() * weight_shape[1]
+    return 2 * prod(x_shape) * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.seqscale.short_conv_backward)
 def _backward_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
     """For the gradients of the inputs and of the taps; what is formed anew does not count."""
-    return 2 * _flops(x_shape, weight_shape)
+    return 4 * prod(x_shape) * weight_shape[1]
