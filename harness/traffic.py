@@ -27,6 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -221,7 +222,9 @@ class _Launch:
         self, pointers: np.ndarray, mask: np.ndarray, size: int, *, read: bool, written: bool
     ) -> None:
         """Note the lanes of one load or store that are not masked."""
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64).ravel()
+        # Python's True and a mask make the interpreter's integers.
+        lanes = np.broadcast_to(mask.astype(bool), pointers.shape)
+        addresses = pointers[lanes].astype(np.int64).ravel()
         if not addresses.size:
             return
         owners = np.searchsorted(self.starts, [addresses.min(), addresses.max()], "right") - 1
@@ -401,6 +404,9 @@ class _TensorOperations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if (custom := OPDEFS.get(func._schema.name)) is not None:
+            with self:  # what it is made of counts: kernels, and operations around them
+                return custom._init_fn(*args, **kwargs)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name not in FACTORIES and (moved := self._moved(func, name, args, kwargs, result)):

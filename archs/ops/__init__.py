@@ -13,6 +13,8 @@ from typing import Literal, get_args
 
 import torch
 
+import archs.ops
+
 Backend = Literal["reference", "torch", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,12 +48,12 @@ def kernels(operation: str, x: torch.Tensor) -> ModuleType:
         return BackendUnavailableError(f"{operation}: backend 'triton' {reason}")
 
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError:
         raise refusal("needs Triton, which runs on Linux: pip install triton") from None
     if x.dtype not in KERNEL_DTYPES:
         raise refusal(f"has no kernels in {str(x.dtype).removeprefix('torch.')}; use 'torch'")
-    if triton.knobs.runtime.interpret:
+    if _interpreted():
         if x.dtype == torch.bfloat16:
             raise refusal(
                 "in Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
@@ -61,9 +63,26 @@ def kernels(operation: str, x: torch.Tensor) -> ModuleType:
             f"needs an NVIDIA GPU, and x is on {x.device}; use 'torch', or set TRITON_INTERPRET=1 "
             "before Python starts, to run kernels slowly on a CPU"
         )
-    return import_module(f"archs.ops.{operation}_kernel")
+    _load(operation)
+    return getattr(archs.ops, f"{operation}_kernel")
 
 
 def has_gpu(x: torch.Tensor) -> bool:
     """Whether compiled kernels can be launched on x."""
     return x.is_cuda
+
+
+# `torch.compile` cannot trace what these two do, and need not: their results do not change.
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for its compiler."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+def _load(operation: str) -> None:
+    import_module(f"archs.ops.{operation}_kernel")
