@@ -318,7 +318,7 @@ def _step_kernel(
 def short_conv_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and the state after; that is empty where none was passed in."""
+    """Y (B, T, D) and the state after; that is empty where none was passed in."""
     B, T, D = x.shape
     W = weight.shape[1]
     x, weight, bias, state = _rows(x), *_contiguous(weight, bias, state)
@@ -393,7 +393,7 @@ def short_conv_backward_op(
 def short_conv_step_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """y (B, D) and the state after."""
+    """Y (B, D) and the state after."""
     B, D = x.shape
     W = weight.shape[1]
     x, weight, bias, state = _rows(x), *_contiguous(weight, bias, state)
@@ -406,7 +406,7 @@ def short_conv_step_op(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with its channels side by side, wherever its rows lie."""
+    """X with its channels side by side, wherever its rows lie."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

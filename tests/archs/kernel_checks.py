@@ -1,0 +1,100 @@
+"""What the tests of every operation's Triton kernels share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = (1, 2, 3, 4, 17, 63, 64, 65, 127, 1000, 1025)
+
+# Relative RMS errors that a kernel never exceeds, however wrong plain PyTorch is.
+CAPS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+# A sum's last bits are luck: plain PyTorch may hit the exact value, and a kernel need not.
+LUCK = 8  # units in the last place
+
+# Wider than what a block without its mask would reach, and a multiple of every alignment.
+MARGIN_BYTES = 4096
+POISON = 0xFF  # in every byte: NaN in every floating type, -1 in integers
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def relative_rms(got: Tensor, exact: Tensor) -> float:
+    """0 where both are zero."""
+    scale = exact.double().square().mean().sqrt().clamp_min(1e-300)
+    return ((got.double() - exact).square().mean().sqrt() / scale).item()
+
+
+def relative_max(got: Tensor, exact: Tensor) -> float:
+    """The largest error over the largest value; 0 where both are zero."""
+    return ((got.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
+
+
+def assert_as_exact(got: Tensor, plain: Tensor, exact: Tensor, factor: float, name: str) -> None:
+    """A kernel's error is at most `factor` times that of plain PyTorch in the same type."""
+    assert got.dtype == plain.dtype, name
+    assert got.shape == plain.shape == exact.shape, name
+    luck = LUCK * torch.finfo(got.dtype).eps
+    error, allowed = relative_rms(got, exact), relative_rms(plain, exact)
+    assert error <= min(factor * allowed + luck, CAPS[got.dtype]), (name, error, allowed)
+    error, allowed = relative_max(got, exact), relative_max(plain, exact)
+    assert error <= factor * allowed + luck, (name, "max", error, allowed)
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """Meanwhile `torch.empty` and its kin return NaN, and nobody may write beside it.
+
+    Raises:
+        AssertionError: afterwards, where memory beside an allocation was written.
+    """
+    guarded: list[Tensor] = []
+
+    def poisoned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args, **kwargs) -> Tensor:
+            like = args[0] if args and isinstance(args[0], Tensor) else None
+            device = kwargs.get("device") or ("cpu" if like is None else like.device)
+            meta = original(*args, **{**kwargs, "device": "meta"})
+            if meta.numel() == 0:
+                return original(*args, **kwargs)
+            tensor = _between_margins(meta, device)
+            guarded.append(tensor)
+            return tensor
+
+        return allocate
+
+    with ExitStack() as stack:
+        for owner, name in ALLOCATORS:
+            stack.enter_context(patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+    for tensor in guarded:
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        memory.set_(tensor.untyped_storage())
+        assert (memory[:MARGIN_BYTES] == POISON).all(), f"written before {tuple(tensor.shape)}"
+        assert (memory[-MARGIN_BYTES:] == POISON).all(), f"written behind {tuple(tensor.shape)}"
+
+
+def in_margins(x: Tensor) -> Tensor:
+    """A copy of x, of the same strides, with NaN before and behind it and in its gaps."""
+    return _between_margins(x, x.device).copy_(x)
+
+
+def _between_margins(like: Tensor, device: torch.device | str) -> Tensor:
+    sizes = zip(like.shape, like.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+    size_bytes = elements * like.element_size()
+    memory = torch.full((size_bytes + 2 * MARGIN_BYTES,), POISON, dtype=torch.uint8, device=device)
+    inside = memory[MARGIN_BYTES : MARGIN_BYTES + size_bytes].view(like.dtype)
+    return inside.as_strided(like.shape, like.stride(), inside.storage_offset())
