@@ -31,7 +31,7 @@ from archs.ops.short_conv import Activation
 FORWARD = {"RUNS": 4, "STEPS": 32, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 256, "num_warps": 4}
 BACKWARD = {"RUNS": 4, "STEPS": 64, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 128, "num_warps": 4}
 STEP = {"BLOCK_D": 256, "num_warps": 4}
-TOTAL = {"BLOCK_N": 16, "BLOCK_D": 64, "num_warps": 4}
+TOTAL = {"BLOCK_N": 16, "BLOCK": 64, "num_warps": 4}
 
 
 def short_conv_triton(
@@ -261,23 +261,21 @@ def _total_kernel(
     D,
     W: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sums partials over N."""
-    n_d = tl.cdiv(D, BLOCK_D)
-    i_w, i_d = tl.program_id(0) // n_d, tl.program_id(0) % n_d
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of (W + 1) D columns
+    m_c = o_c < (W + 1) * D
+    sums = tl.zeros((BLOCK_N, BLOCK), tl.float32)
     for n in range(0, N, BLOCK_N):
-        o_n = n + tl.arange(0, BLOCK_N)[:, None]  # (BLOCK_N, 1)
-        p_partials = partials + (o_n.to(tl.int64) * (W + 1) + i_w) * D + o_d[None, :]
-        sums += tl.load(p_partials, mask=(o_n < N) & m_d[None, :], other=0.0)
-    total = tl.sum(sums, axis=0)  # (BLOCK_D,)
-    if i_w < W:
-        tl.store(dweight + o_d * W + i_w, total.to(dweight.dtype.element_ty), mask=m_d)
-    elif dbias is not None:
-        tl.store(dbias + o_d, total.to(dbias.dtype.element_ty), mask=m_d)
+        o_n = (n + tl.arange(0, BLOCK_N)[:, None]).to(tl.int64)  # (BLOCK_N, 1)
+        p_partials = partials + o_n * (W + 1) * D + o_c[None, :]
+        sums += tl.load(p_partials, mask=(o_n < N) & m_c[None, :], other=0.0)
+    total = tl.sum(sums, axis=0)  # (BLOCK,)
+    o_w, o_d = o_c // D, o_c % D
+    tl.store(dweight + o_d * W + o_w, total.to(dweight.dtype.element_ty), mask=o_w < W)
+    if dbias is not None:
+        tl.store(dbias + o_d, total.to(dbias.dtype.element_ty), mask=(o_w == W) & m_c)
 
 
 @triton.jit
@@ -382,8 +380,7 @@ def short_conv_backward_op(
             SILU=silu,
             **BACKWARD,
         )
-        rows = W if bias is None else W + 1
-        _total_kernel[(rows * triton.cdiv(D, TOTAL["BLOCK_D"]),)](
+        _total_kernel[(triton.cdiv((W + 1) * D, TOTAL["BLOCK"]),)](
             partials, dweight, None if bias is None else dbias, N, D, W=W, **TOTAL
         )
     return dx, dweight, dbias, dstate

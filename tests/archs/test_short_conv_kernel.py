@@ -33,7 +33,7 @@ VARIANTS = (
     (True, False, None),
     (False, True, "silu"),
 )
-ROWS_OF_FORWARD = kernels.FORWARD["STEPS"]  # tokens of a run
+RUN = kernels.FORWARD["STEPS"]  # tokens that a lane of a forward program takes
 
 
 def inputs(B, T, D, W, dtype=torch.float32, bias=True, state=True):
@@ -45,29 +45,30 @@ def inputs(B, T, D, W, dtype=torch.float32, bias=True, state=True):
     }
 
 
-def results(args, backend, activation="silu", type_of_gradients=None):
-    """y, the state after and every gradient, by name."""
+def results(args, backend, activation="silu", seed_type=None, gradients=True):
+    """y, the state after and, from random gradients of these, every gradient, by name."""
     leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in args.items()}
     y, end = short_conv(**leaves, activation=activation, backend=backend)
-    outputs = [out for out in (y, end) if out is not None]
-    seeds = [randn(*out.shape, dtype=type_of_gradients or y.dtype, seed=1) for out in outputs]
-    given = {f"d{k}": x for k, x in leaves.items() if x is not None}
-    gradients = torch.autograd.grad(
-        outputs, list(given.values()), [seed.to(y.dtype) for seed in seeds]
-    )
-    named = {"y": y} if end is None else {"y": y, "end": end}
-    return {k: out.detach() for k, out in named.items()} | dict(zip(given, gradients, strict=True))
+    outputs = {k: out for k, out in (("y", y), ("end", end)) if out is not None}
+    named = {k: out.detach() for k, out in outputs.items()}
+    if gradients:
+        seed_type = seed_type or y.dtype
+        seeds = [randn(*o.shape, dtype=seed_type, seed=1).to(y.dtype) for o in outputs.values()]
+        given = {f"d{k}": x for k, x in leaves.items() if x is not None}
+        found = torch.autograd.grad(list(outputs.values()), list(given.values()), seeds)
+        named |= dict(zip(given, found, strict=True))
+    return named
 
 
-def exact_results(args, activation="silu"):
+def exact_results(args, activation="silu", gradients=True):
     wide = {k: None if x is None else x.double() for k, x in args.items()}
-    return results(wide, "reference", activation, args["x"].dtype)
+    return results(wide, "reference", activation, args["x"].dtype, gradients)
 
 
-def check(args, activation="silu"):
-    got = results(args, "triton", activation)
-    plain = results(args, "torch", activation)
-    exact = exact_results(args, activation)
+def check(args, activation="silu", gradients=True):
+    got = results(args, "triton", activation, gradients=gradients)
+    plain = results(args, "torch", activation, gradients=gradients)
+    exact = exact_results(args, activation, gradients=gradients)
     assert got.keys() == exact.keys()
     for name in exact:
         factor = 2 if name in ("y", "end") else 3
@@ -87,8 +88,8 @@ def test_every_length(T, W):
     check(inputs(1, T, 5 + W, W, bias=bias, state=state), activation)
 
 
-@pytest.mark.parametrize("T", [1, 4, 17])
-@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("T", [1, 17])
+@pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize(("bias", "state", "activation"), VARIANTS)
 def test_every_option(T, W, bias, state, activation):
     check(inputs(2, T, 6, W, bias=bias, state=state), activation)
@@ -107,17 +108,18 @@ def test_every_width(D):
 
 
 @given(
-    B=st.integers(1, 3),
-    T=st.integers(1, 5),
+    B=st.integers(1, 2),
+    T=st.integers(1, 4),
     D=st.integers(1, 9),
     W=st.integers(2, 4),
     bias=st.booleans(),
     state=st.booleans(),
     activation=st.sampled_from([None, "silu"]),
+    gradients=st.booleans(),
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_any_shape(B, T, D, W, bias, state, activation):
-    check(inputs(B, T, D, W, bias=bias, state=state), activation)
+def test_any_shape(B, T, D, W, bias, state, activation, gradients):
+    check(inputs(B, T, D, W, bias=bias, state=state), activation, gradients)
 
 
 @pytest.mark.parametrize("state", [True, False])
@@ -211,10 +213,9 @@ def test_adversarial_inputs(what):
     check(args, activation)
 
 
-@pytest.mark.parametrize("W", [2, 4])
-def test_every_split_hands_the_state_over(W):
-    T = ROWS_OF_FORWARD + 3
-    args = inputs(1, T, 3, W)
+def test_every_split_hands_the_state_over():
+    T = RUN + 3
+    args = inputs(1, T, 3, 4)
     x, state = args.pop("x"), args.pop("state")
     options = {**args, "activation": "silu", "backend": "triton"}
     y, end = short_conv(x, state=state, **options)
@@ -264,9 +265,9 @@ def test_batch_rows_do_not_touch():
     assert torch.equal(results(alone, "triton")["y"], expected["y"][1:2])
 
 
-@pytest.mark.parametrize("changed", [1, ROWS_OF_FORWARD, ROWS_OF_FORWARD + 5])
+@pytest.mark.parametrize("changed", [1, RUN, RUN + 5])
 def test_the_future_changes_nothing(changed):
-    args = inputs(2, 2 * ROWS_OF_FORWARD, 5, 4)
+    args = inputs(2, 2 * RUN, 5, 4)
     y, _ = short_conv(**args, activation="silu", backend="triton")
     args["x"][:, changed:] = torch.nan
     z, end = short_conv(**args, activation="silu", backend="triton")
