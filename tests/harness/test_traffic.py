@@ -130,6 +130,15 @@ def test_a_torch_copy_between_kernels_is_counted(counted):
     assert counts["kernel_bytes"] == alone["kernel_bytes"]
 
 
+def test_of_a_custom_operation_its_parts_are_counted(counted):
+    assert counted["custom operation"] == counted["torch between"]
+
+
+def test_masks_may_hold_integers(counted):
+    found = kernel(counted["in steps"], "copy_in_steps")
+    assert found["unique_bytes"] == found["requested_bytes"] == 8 * N
+
+
 def test_torch_operations_views_are_free(counted):
     found = {
         o["name"]: (o["calls"], o["unique_bytes"], o["flops"])

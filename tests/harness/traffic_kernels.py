@@ -93,6 +93,15 @@ def reach_too_far(x, y):
     tl.store(y, tl.load(x + 100))
 
 
+@triton.jit
+def copy_in_steps(x, y, n, BLOCK: tl.constexpr):
+    """In the interpreter `step` is an int, and a mask formed with it holds integers."""
+    for step in range(2):
+        at = (2 * tl.program_id(0) + step) * BLOCK + tl.arange(0, BLOCK)
+        mask = (step >= 0) & (at < n)
+        tl.store(y + at, tl.load(x + at, mask), mask)
+
+
 def blocks(n: int = N) -> tuple[int]:
     return (triton.cdiv(n, BLOCK),)
 
@@ -106,6 +115,11 @@ def on_lines(kernel, x, n=N):
 def copy_through_torch():
     """A copy between two kernels that no kernel shows."""
     return on_lines(copy, on_lines(copy, torch.ones(N)).clone())
+
+
+@torch.library.custom_op("traffic::copy_twice", mutates_args=())
+def custom_operation(x: torch.Tensor) -> torch.Tensor:
+    return on_lines(copy, on_lines(copy, x).clone())
 
 
 def atomics():
@@ -166,6 +180,8 @@ CALLS = {
     "dots": dots,
     "one memory": one_memory,
     "torch between": copy_through_torch,
+    "custom operation": lambda: custom_operation(torch.ones(N)),
+    "in steps": lambda: on_lines(copy_in_steps, torch.ones(N)),
     "torch alone": tensor_operations,
 }
 REFUSED = {
