@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from archs.block import tensor_bytes
 from archs.ops import BackendUnavailableError
 from archs.ops.short_conv import short_conv, short_conv_step
+from harness import traffic
 from kernel_checks import (
     DEVICE,
     LENGTHS,
@@ -34,6 +36,8 @@ VARIANTS = (
     (False, True, "silu"),
 )
 RUN = kernels.FORWARD["STEPS"]  # tokens that a lane of a forward program takes
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 
 
 def inputs(B, T, D, W, dtype=torch.float32, bias=True, state=True):
@@ -173,10 +177,12 @@ def test_non_contiguous_gradients():
 @pytest.mark.parametrize(("T", "D", "W"), [(1, 5, 4), (2, 257, 3), (70, 3, 4)])
 def test_memory_beside_tensors_is_neither_read_nor_written(T, D, W, dtype):
     args = inputs(2, T, D, W, dtype)
-    expected = results(args, "triton")
-    for given_args in (args, strided(args)):
+    found = []
+    for some in (args, strided(args)):
         with guarded_allocations():
-            got = results({k: in_margins(x) for k, x in given_args.items()}, "triton")
+            found.append(results({k: in_margins(x) for k, x in some.items()}, "triton"))
+    expected = results(args, "triton")
+    for got in found:
         assert_same(got, expected)
 
 
@@ -187,6 +193,36 @@ def test_steps_do_not_touch_memory_beside_tensors():
         y, end = kernels.short_conv_step_triton(x[:, 0], weight, bias, state, "silu")
     assert y.isfinite().all()
     assert end.isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize(("T", "D", "W"), [(1, 5, 4), (2, 257, 3), (70, 3, 2)])
+def test_every_access_is_inside_the_arguments(T, D, W):
+    """Reads too, also those whose values go nowhere: counting refuses any other."""
+    args = inputs(2, T, D, W)
+    traffic.count(lambda: results(args, "triton"))
+    x, weight, bias, state = args.values()
+    traffic.count(lambda: kernels.short_conv_step_triton(x[:, 0], weight, bias, state, "silu"))
+
+
+@interpreted
+def test_bytes_are_moved_once():
+    args = {k: x.requires_grad_() for k, x in inputs(1, 300, 256, 4, torch.float16).items()}
+    (y, end), forward = traffic.count(
+        lambda: short_conv(**args, activation="silu", backend="triton")
+    )
+    seeds = [torch.ones_like(out) for out in (y, end)]
+    leaves = list(args.values())
+    _, backward = traffic.count(lambda: torch.autograd.grad((y, end), leaves, seeds))
+    read, written = tensor_bytes(leaves), tensor_bytes([y, end])
+    assert (forward.launches, forward.operation_calls) == (1, 0)
+    assert forward.unique_bytes == read + written
+    assert (backward.launches, backward.operation_calls) == (2, 0)
+    assert backward.unique_bytes <= 1.15 * (2 * read + written)
+    accesses = forward.kernels["_forward_kernel"].arguments
+    accesses |= backward.kernels["_backward_kernel"].arguments
+    for name in ("x", "y", "dy", "dx"):
+        assert accesses[name].sector_bytes <= 1.1 * accesses[name].requested_bytes
 
 
 @pytest.mark.parametrize(
@@ -324,9 +360,8 @@ def test_steps_equal_the_sequence():
     assert torch.equal(state, end)
 
 
+@interpreted
 def test_bfloat16_is_refused_in_the_interpreter():
-    if DEVICE == "cuda":
-        pytest.skip("compiled kernels compute it rightly")
     with pytest.raises(BackendUnavailableError, match="interpreter computes bfloat16 wrongly"):
         short_conv(**inputs(1, 2, 3, 4, torch.bfloat16), backend="triton")
 
@@ -416,12 +451,11 @@ def test_kernels_compile_without_spills():
     assert all(spills == 0 for _, spills in rows), rows
 
 
+@on_a_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("T", [1, 65, 1025])
 def test_on_a_gpu(T, dtype):
-    if DEVICE != "cuda":
-        pytest.skip("no GPU here")
     for D in (768, 301):
         args = inputs(3, T, D, 4, dtype)
         check(args)
@@ -430,10 +464,9 @@ def test_on_a_gpu(T, dtype):
             assert_same(results(args, "triton"), expected)
 
 
+@on_a_gpu
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
-    if DEVICE != "cuda":
-        pytest.skip("no GPU here")
     if torch.cuda.mem_get_info()[0] < 20 << 30:
         pytest.skip("needs 20 GiB of GPU memory")
     T, D = 2**20 + 9, 2048
