@@ -223,7 +223,7 @@ class _Launch:
     ) -> None:
         """Note the lanes of one load or store that are not masked."""
         # Python's True and a mask make the interpreter's integers.
-        lanes = np.broadcast_to(mask.astype(bool), pointers.shape)
+        lanes = np.broadcast_to(np.asarray(mask, bool), pointers.shape)
         addresses = pointers[lanes].astype(np.int64).ravel()
         if not addresses.size:
             return

@@ -390,7 +390,8 @@ def test_a_copy_is_independent(variant):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PEERS])
 def test_triton_says_that_it_is_not_built(variant):
-    block, x = build(variant, "triton"), tokens_in((1, 9, WIDTH))
+    block = build(variant, "triton", torch.float32)
+    x = tokens_in((1, 9, WIDTH), torch.float32)
     with pytest.raises(BackendUnavailableError, match="not built yet"):
         block(x)
 
