@@ -12,7 +12,7 @@ Letters: B batch, T tokens, D channels, W taps.
 """
 
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from archs.ops.short_conv import Activation
+Activation = Literal["silu"] | None
 
 # Moving bytes is all there is to do. A warp takes one run, and a lane 16 bytes of a token at two
 # bytes a channel: 8 channels, or 4 in the backward pass, which keeps three times as much in
-# registers. Triton loads CHUNK tokens at a time into shared memory, STAGES - 1 chunks ahead: with 3
-# programs on a multiprocessor that is 48 KB in flight, more than the 20 KB that hide the latency of
+# registers. Triton loads CHUNK tokens at a time into shared memory, STAGES - 1 chunks ahead: with 2
+# programs on a multiprocessor that is 32 KB in flight, more than the 20 KB that hide the latency of
 # an H100's memory (3 TB/s for 0.8 us over 132 multiprocessors). A run is long against the W-1
-# tokens that it reads again, and short enough for 1,000 programs at 32,768 tokens of 2,048
+# tokens that it reads again, and short enough for 2,000 programs at 32,768 tokens of 2,048
 # channels. Not tuned on a GPU.
 FORWARD = {"RUNS": 4, "STEPS": 32, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 256, "num_warps": 4}
 BACKWARD = {"RUNS": 4, "STEPS": 64, "CHUNK": 4, "STAGES": 3, "BLOCK_D": 128, "num_warps": 4}
