@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from archs.block import Block, BlockConfig, BlockOutput, Carry, recurrent_dtype
 from archs.layers import RMSNorm
 from archs.ops import Backend, no_such_backend
-from archs.ops.short_conv import short_conv, short_conv_step
-from archs.ops.ssd import ssd, ssd_step
+from archs.ops.short_conv import short_conv, short_conv_step, short_conv_step_triton
+from archs.ops.ssd import ssd, ssd_step, ssd_step_triton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +192,18 @@ class Mamba2Block(Block):
         return BlockOutput(y, Mamba2State(conv_state, ssm_state, position), carry)
 
     def step(self, x: Tensor, state: Mamba2State, carry: Carry | None = None) -> BlockOutput:
-        """Run one token x (B, D) from `state`: the recurrence itself, on either backend."""
-        if self.backend not in ("reference", "torch"):
+        """Run one token x (B, D) from `state`: the recurrence itself."""
+        if self.backend == "triton":
+            step_conv, step_ssd = short_conv_step_triton, ssd_step_triton
+        elif self.backend in ("reference", "torch"):
+            step_conv, step_ssd = short_conv_step, ssd_step
+        else:
             raise no_such_backend("mamba2 step", self.backend)
         z, mixed, dt = self._project(x)
-        mixed, conv_state = short_conv_step(
-            mixed, self.conv_weight, self.conv_bias, state.conv, "silu"
-        )
+        mixed, conv_state = step_conv(mixed, self.conv_weight, self.conv_bias, state.conv, "silu")
         u, b, c = self._split(mixed)
         log_decay, dt = self._discretise(dt)
-        y, ssm_state = ssd_step(u, log_decay, b, c, state.ssm, dt, self.D)  # (B, H, P)
+        y, ssm_state = step_ssd(u, log_decay, b, c, state.ssm, dt, self.D)  # (B, H, P)
         y = x + self.out_proj(self.norm(y.flatten(-2), z))  # (B, D)
         return BlockOutput(y, Mamba2State(conv_state, ssm_state, state.position + 1), carry)
 

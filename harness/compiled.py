@@ -159,7 +159,9 @@ def _examine(kernel: Any, arch: int, launches: int) -> Compiled:
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     programs = programs_per_sm(arch, registers, shared, warps)
     names = kernel.src.fn.arg_names
-    constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+    constants = {
+        names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1
+    }
     return Compiled(
         kernel=kernel.metadata.name,
         arch=arch,
@@ -242,7 +244,7 @@ def remarks(
     if spills := opcodes["LDL"] + opcodes["STL"]:
         yield f"{spills} spills, {in_loops['LDL'] + in_loops['STL']} in loops"
     dots = DOT.findall(ttir)
-    exact = [dot for dot in dots if "xf32>" in dot and "inputPrecision" not in dot]
+    exact = [dot for dot in dots if "xf32> *" in dot and "inputPrecision" not in dot]
     if exact:
         yield f"{len(exact)} of {len(dots)} dots ieee"
     cores = {name for name in opcodes if TENSOR_CORE.fullmatch(name)}

@@ -62,6 +62,13 @@ def short_conv_torch(
     return y, tail
 
 
+def short_conv_step_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """`short_conv_step` as a Triton kernel."""
+    return kernels("short_conv", x).short_conv_step_triton(x, weight, bias, state, activation)
+
+
 def short_conv(
     x: Tensor,
     weight: Tensor,

@@ -39,7 +39,7 @@ TOTAL = {"BLOCK_N": 16, "BLOCK": 64, "num_warps": 4}
 def short_conv_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor | None]:
-    """The sequence by `_forward_kernel`; arguments and results as `short_conv`."""
+    """The sequence by `short_conv_forward_kernel`; arguments and results as `short_conv`."""
     y, end = short_conv_op(x, weight, bias, state, activation == "silu")
     return y, None if state is None else end
 
@@ -91,7 +91,7 @@ def _bias(bias, o_d, m_d):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward_kernel(
+def short_conv_forward_kernel(
     x,  # (B, T, D), strides stride_b, stride_t, 1
     weight,  # (D, W)
     bias,  # (D,) or None
@@ -110,6 +110,7 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """The outputs of RUNS runs, and the state after the sequence."""
     n_d, n_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, RUNS * STEPS)
     i_d = tl.program_id(0) % n_d
     i_t = tl.program_id(0) // n_d % n_t
@@ -152,7 +153,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(
+def short_conv_backward_kernel(
     x,  # (B, T, D), strides stride_b, stride_t, 1
     weight,  # (D, W)
     bias,  # (D,) or None
@@ -176,6 +177,7 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """All gradients of RUNS runs, those of weight and bias as partial sums."""
     RUN: tl.constexpr = STEPS - (W - 1)  # its last gradients come W-1 steps after its last inputs
     n_d, n_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, RUNS * RUN)
     i_d = tl.program_id(0) % n_d
@@ -255,7 +257,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _total_kernel(
+def short_conv_total_kernel(
     partials,  # (N, W + 1, D)
     dweight,  # (D, W)
     dbias,  # (D,) or None
@@ -281,7 +283,7 @@ def _total_kernel(
 
 
 @triton.jit
-def _step_kernel(
+def short_conv_step_kernel(
     x,  # (B, D), strides stride_b, 1
     weight,  # (D, W)
     bias,  # (D,) or None
@@ -294,6 +296,7 @@ def _step_kernel(
     SILU: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """One token."""
     n_d = tl.cdiv(D, BLOCK_D)
     i_d = tl.program_id(0) % n_d
     i_b = (tl.program_id(0) // n_d).to(tl.int64)
@@ -325,7 +328,7 @@ def short_conv_op(
     y, end = _like(x), _state_like(x, state)
     programs = B * triton.cdiv(T, FORWARD["RUNS"] * FORWARD["STEPS"])
     with torch.cuda.device_of(x):
-        _forward_kernel[(programs * triton.cdiv(D, FORWARD["BLOCK_D"]),)](
+        short_conv_forward_kernel[(programs * triton.cdiv(D, FORWARD["BLOCK_D"]),)](
             x,
             weight,
             bias,
@@ -362,7 +365,7 @@ def short_conv_backward_op(
     N = B * triton.cdiv(T, BACKWARD["RUNS"] * (BACKWARD["STEPS"] - (W - 1)))
     partials = x.new_empty((N, W + 1, D), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        _backward_kernel[(N * triton.cdiv(D, BACKWARD["BLOCK_D"]),)](
+        short_conv_backward_kernel[(N * triton.cdiv(D, BACKWARD["BLOCK_D"]),)](
             x,
             weight,
             bias,
@@ -382,7 +385,7 @@ def short_conv_backward_op(
             SILU=silu,
             **BACKWARD,
         )
-        _total_kernel[(triton.cdiv((W + 1) * D, TOTAL["BLOCK"]),)](
+        short_conv_total_kernel[(triton.cdiv((W + 1) * D, TOTAL["BLOCK"]),)](
             partials, dweight, None if bias is None else dbias, N, D, W=W, **TOTAL
         )
     return dx, dweight, dbias, dstate
@@ -398,7 +401,7 @@ def short_conv_step_op(
     x, weight, bias, state = _rows(x), *_contiguous(weight, bias, state)
     y, end = _like(x), _state_like(x, state)
     with torch.cuda.device_of(x):
-        _step_kernel[(B * triton.cdiv(D, STEP["BLOCK_D"]),)](
+        short_conv_step_kernel[(B * triton.cdiv(D, STEP["BLOCK_D"]),)](
             x, weight, bias, state, y, end, D, x.stride(0), W=W, SILU=silu, **STEP
         )
     return y, end

@@ -10,18 +10,47 @@ Letters: B batch, T tokens, H heads, P head dimension, N state dimension, G grou
 share b and c; Q chunk length, M matrices in a batched product.
 """
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
 
 CHUNK = 64  # Q: the fastest of 32, 64 and 128 measured on an AVX-512 CPU at P = N = 64
 BLOCK = 8  # tokens in a block of `_pairwise_decay`; divides every chunk
 SEGMENT_SIZE = 2**20  # elements of a working tensor on a CPU; the fastest of 2**17 to 2**22 there
+
+KERNEL_SIZES = (16, 32, 64, 128)  # of P and N in the Triton kernels
+H100_MULTIPROCESSORS = 132
+
+
+class Plan(NamedTuple):
+    """Which variant of the Triton kernels runs."""
+
+    segments: int = 1  # parts of the sequence that run side by side; 1: one pass
+
+
+def plan(shape: tuple[int, int, int, int], device: torch.device | str) -> Plan:
+    """The plan for x of a shape (B, T, H, P): segments where heads alone leave the GPU idle.
+
+    One pass has a program a head (two at P = 128), and a multiprocessor runs one at a time.
+    Segments read x once more: worth it where there are fewer programs than multiprocessors, in as
+    many segments as make four programs a multiprocessor, of 1,024 tokens at least. Arithmetic, not
+    measured. On a CPU (in Triton's interpreter) as for an H100.
+    """
+    B, T, H, P = shape
+    device = torch.device(device)
+    multiprocessors = H100_MULTIPROCESSORS
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = B * H * max(1, P // 64)
+    if programs >= multiprocessors:
+        return Plan(1)
+    return Plan(max(1, min(-(-4 * multiprocessors // programs), T // 1024)))
 
 
 def ssd_step(
@@ -112,6 +141,40 @@ def ssd_torch(
     return y, state.permute(0, 2, 3, 1).reshape(B, H, P, N)
 
 
+def ssd_triton(
+    x: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None,
+    dt: Tensor | None = None,
+    skip: Tensor | None = None,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Our Triton kernels; arguments as `ssd`, `chosen` its plan."""
+    module = _kernels(x, b)
+    B, T, H, P = x.shape
+    chosen = plan((B, T, H, P), x.device) if chosen is None else chosen
+    inputs = (x, log_decay, b.to(x.dtype), c.to(x.dtype), state, dt, skip)
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, end, _ = module.ssd_op(*inputs, chosen.segments, state is not None, keeps)
+    return y, None if state is None else end
+
+
+def ssd_step_triton(
+    x: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    dt: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_step` as a Triton kernel."""
+    module = _kernels(x, b)
+    return module.ssd_step_op(x, log_decay, b.to(x.dtype), c.to(x.dtype), state, dt, skip)
+
+
 def ssd(
     x: Tensor,
     log_decay: Tensor,
@@ -121,6 +184,7 @@ def ssd(
     *,
     dt: Tensor | None = None,
     skip: Tensor | None = None,
+    plan: Plan | None = None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     """State space dual: a linear recurrence over outer products with a scalar decay.
@@ -133,14 +197,16 @@ def ssd(
         state: (B, H, P, N), the state before x; None means zeros.
         dt: (B, T, H), multiplies x where it enters the state; None means 1.
         skip: (H,), multiplies x where it is added to y; None means 0.
-        backend: "reference" or "torch".
+        plan: the variant of the Triton kernels; None means what `archs.ops.ssd.plan` chooses.
+        backend: "reference", "torch" or "triton" (P and N of 16, 32, 64 or 128; products of b, c
+            and x are formed in x's dtype).
 
     Returns:
         y (B, T, H, P) in x's dtype, and the state after x exactly when one was passed in, in
         float32 (float64 for float64 x); all sums are formed in that type.
 
     Raises:
-        ValueError: shapes do not fit, or the backend is unknown.
+        ValueError: shapes do not fit, the backend is unknown, or has no plans.
         BackendUnavailableError: the backend cannot run here.
     """
     _validate(x, log_decay, b, c, state, dt, skip)
@@ -150,6 +216,10 @@ def ssd(
         start = torch.zeros(B, H, P, b.shape[3], dtype=wide, device=x.device)
     else:
         start = state.to(wide)
+    if backend == "triton":
+        return ssd_triton(x, log_decay, b, c, None if state is None else start, dt, skip, plan)
+    if plan is not None:
+        raise ValueError(f"ssd: plan is for backend 'triton', got backend {backend!r}")
     if backend == "reference":
         y, end = ssd_reference(x, log_decay, b, c, start, dt, skip)
     elif backend == "torch":
@@ -314,6 +384,17 @@ class _ChunkedSSD(torch.autograd.Function):
                 dskip += (dout * part.x).sum(dim=(0, 2, 4))
             dx.copy_(du)
         return *grads, dstate, dskip, None
+
+
+def _kernels(x: Tensor, b: Tensor) -> ModuleType:
+    """The module of the Triton kernels, for x (..., P) and b (..., N)."""
+    P, N = x.shape[-1], b.shape[-1]
+    if P not in KERNEL_SIZES or N not in KERNEL_SIZES:
+        raise BackendUnavailableError(
+            "ssd: backend 'triton' has kernels for P and N of 16, 32, 64 and 128, and got "
+            f"P = {P}, N = {N}; use 'torch'"
+        )
+    return kernels("ssd", x)
 
 
 def _spans(x: Tensor, d_state: int, chunk: int) -> list[slice]:

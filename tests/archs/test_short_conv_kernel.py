@@ -219,8 +219,8 @@ def test_bytes_are_moved_once():
     assert forward.unique_bytes == read + written
     assert (backward.launches, backward.operation_calls) == (2, 0)
     assert backward.unique_bytes <= 1.15 * (2 * read + written)
-    accesses = forward.kernels["_forward_kernel"].arguments
-    accesses |= backward.kernels["_backward_kernel"].arguments
+    accesses = forward.kernels["short_conv_forward_kernel"].arguments
+    accesses |= backward.kernels["short_conv_backward_kernel"].arguments
     for name in ("x", "y", "dy", "dx"):
         assert accesses[name].sector_bytes <= 1.1 * accesses[name].requested_bytes
 
