@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archs.ops import ssd
 from archs.ops.short_conv import short_conv
 from harness import peers
 from harness.peer_calls import MAMBA_CHUNK
@@ -30,6 +31,11 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "wkv7": ({"B": 1, "T": 1024, "H": 8, "K": 64},),
     "long_conv": ({"B": 8, "D": 64, "T": 2048},),
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
+}
+# The variant of our kernels at each shape, and shapes for other variants alone.
+PLANS: dict[str, dict[str, Any]] = {"ssd": {"plan": ssd.Plan(1)}}
+VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
+    "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": ssd.Plan(4)}),),
 }
 OURS: dict[str, Callable[..., Any]] = {**peers.OUR_OPERATIONS, "short_conv": short_conv}
 # Peers made of Triton kernels, which the interpreter runs, or of PyTorch operations. What a fused
@@ -69,21 +75,35 @@ class Counted:
 
 def calls(op: str, dtype: torch.dtype) -> list[Counted]:
     """Every implementation of an operation at each of its shapes; main tensors of `dtype`."""
-    return [call for shape in SHAPES[op] for call in _calls(op, shape, dtype)]
+    found = [call for shape in SHAPES[op] for call in _calls(op, shape, dtype)]
+    for shape, variant, options in VARIANTS.get(op, ()):
+        label = f"{_label(shape)}, {variant}"
+        found.append(_our_kernels(op, label, _inputs(op, shape, dtype), options))
+    return found
 
 
-def _calls(op: str, shape: dict[str, int], dtype: torch.dtype) -> list[Counted]:
-    label = ", ".join(f"{name} {size}" for name, size in shape.items())
+def _label(shape: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in shape.items())
+
+
+def _inputs(op: str, shape: dict[str, int], dtype: torch.dtype) -> Tensors:
     randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    inputs = {
+    return {
         name: x if name in WIDE.get(op, ()) else x.to(dtype)
         for name, x in INPUTS[op](randn, **shape).items()
     }
+
+
+def _our_kernels(op: str, label: str, inputs: Tensors, options: dict[str, Any]) -> Counted:
+    call, reference = partial(_ours, op, "triton", **options), partial(_ours, op, "torch")
+    return Counted(op, label, "triton", True, _leaves(inputs), call, reference)
+
+
+def _calls(op: str, shape: dict[str, int], dtype: torch.dtype) -> list[Counted]:
+    label, inputs = _label(shape), _inputs(op, shape, dtype)
     reference = partial(_ours, op, "torch")
     found = [
-        Counted(
-            op, label, "triton", True, _leaves(inputs), partial(_ours, op, "triton"), reference
-        ),
+        _our_kernels(op, label, inputs, PLANS.get(op, {})),
         Counted(op, label, "torch", False, _leaves(inputs), reference, reference),
     ]
     for name in TENSOR_PEERS.get(op, ()):
@@ -100,8 +120,8 @@ def _leaves(inputs: Tensors) -> Tensors:
     return {name: x.clone().requires_grad_() for name, x in inputs.items()}
 
 
-def _ours(op: str, backend: str, leaves: Tensors) -> Outputs:
-    return _outputs(OURS[op](**leaves, **FIXED.get(op, {}), backend=backend))
+def _ours(op: str, backend: str, leaves: Tensors, **options: Any) -> Outputs:
+    return _outputs(OURS[op](**leaves, **FIXED.get(op, {}), **options, backend=backend))
 
 
 def _theirs(name: str, leaves: Tensors) -> Outputs:

@@ -831,7 +831,7 @@ def _(dy, dend, x, log_decay, b, c, dt, skip, kept, segments, wants_state):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, log_decay, b, c, state, dt, skip, ctx.segments, _, _ = inputs
+    x, log_decay, b, c, state, dt, skip, ctx.segments, ctx.wants_state, _ = inputs
     ctx.has_state = state is not None
     ctx.save_for_backward(x, log_decay, b, c, dt, skip, output[2])
     ctx.mark_non_differentiable(output[2])
@@ -843,6 +843,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     x, log_decay, b, c, dt, skip, kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
+    dend = dend if ctx.wants_state else None
     dx, dlog_decay, db, dc, dstate, ddt, dskip = ssd_backward_op(
         dy, dend, x, log_decay, b, c, dt, skip, kept, ctx.segments, ctx.has_state
     )

@@ -17,7 +17,7 @@ WIDTH = 32
 MAX_LEN = 1024
 SMALL = {
     "transformer": {"head_dim": 8, "kv_heads": 2},
-    "mamba2": {"head_dim": 8, "d_state": 8},
+    "mamba2": {"head_dim": 16, "d_state": 16},
     "rwkv7": {"head_dim": 8, "decay_rank": 4, "rate_rank": 4, "value_rank": 4, "gate_rank": 4},
     "hyena": {"filter_width": 16},
 }
@@ -25,24 +25,41 @@ SMALL = {
 VARIANTS = {
     **{name: (name, fields) for name, fields in SMALL.items()},
     "transformer-window": ("transformer", {"head_dim": 8, "kv_heads": 4, "window": 7}),
-    "mamba2-groups": ("mamba2", {"head_dim": 8, "d_state": 8, "groups": 2, "conv_width": 3}),
+    "mamba2-groups": ("mamba2", {"head_dim": 16, "d_state": 16, "groups": 2, "conv_width": 3}),
     "hyena-order-3": ("hyena", {"filter_width": 16, "order": 3}),
     "hybrid": ("hybrid", {}),
     "transformer-sdpa-math": ("transformer", {"head_dim": 8, "kv_heads": 2}),
-    "mamba2-ssd-minimal": ("mamba2", {"head_dim": 8, "d_state": 8, "groups": 2}),
+    "mamba2-ssd-minimal": ("mamba2", {"head_dim": 16, "d_state": 16, "groups": 2}),
 }
 # Those in which a library's operation stands in for ours, where the backend is not the reference.
 PEERS = {"transformer-sdpa-math": "sdpa-math", "mamba2-ssd-minimal": "ssd-minimal"}
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
+BUILT = ("mamba2", "mamba2-groups")  # the variants whose operations all have Triton kernels
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
 HYBRID = "mamba2+transformer+rwkv7+hyena+rwkv7"
 BY_FFT = ("hyena", "hyena-order-3", "hybrid")  # exact to rounding only
 
-every_block = pytest.mark.parametrize(
-    ("variant", "backend"),
-    [(v, b) for v in VARIANTS for b in BACKENDS if v not in PEERS or b != "reference"],
-)
+CASES = [
+    (v, b)
+    for v in VARIANTS
+    for b in BACKENDS
+    if not (v in PEERS and b == "reference") and not (v not in BUILT and b == "triton")
+]
+every_block = pytest.mark.parametrize(("variant", "backend"), CASES)
 every_pattern = pytest.mark.parametrize("pattern", [*SMALL, HYBRID])
+PATTERNS = [(p, b) for p in (*SMALL, HYBRID) for b in BACKENDS if p in BUILT or b != "triton"]
+every_pattern_and_backend = pytest.mark.parametrize(("pattern", "backend"), PATTERNS)
+INTERPRETED = not torch.cuda.is_available()
+
+
+def widest(backend: str) -> torch.dtype:
+    """The most exact type of a backend: kernels have no float64."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def tolerance(backend: str, of_float64: float) -> float:
+    """What may remain of a difference in the most exact type of a backend."""
+    return max(of_float64, 1e-5) if backend == "triton" else of_float64
 
 
 def randomise(module: nn.Module) -> None:
@@ -106,8 +123,9 @@ class Stack(Block):
         return self.blocks[-1].final_norm()
 
 
-def build(variant: str, backend: str = "torch", dtype=torch.float64, **place) -> Block:
+def build(variant: str, backend: str = "torch", dtype=None, **place) -> Block:
     name, fields = VARIANTS[variant]
+    dtype = dtype or widest(backend)
     torch.manual_seed(0)
     if name == "hybrid":
         block = Stack(backend).to(dtype)
@@ -136,7 +154,7 @@ def mapped(state, function):
     return function(state) if isinstance(state, Tensor) else state
 
 
-def model(pattern: str, backend: str = "torch", dtype=torch.float64, depth=None, max_len=MAX_LEN):
+def model(pattern: str, backend: str = "torch", dtype=None, depth=None, max_len=MAX_LEN):
     torch.manual_seed(0)
     names = set(expand_pattern(pattern))
     return archs.build_model(
@@ -147,7 +165,7 @@ def model(pattern: str, backend: str = "torch", dtype=torch.float64, depth=None,
         max_len=max_len,
         backend=backend,
         options={name: SMALL[name] for name in names},
-    ).to(dtype)
+    ).to(dtype or widest(backend))
 
 
 def tokens_in(shape, dtype=torch.float64) -> Tensor:
@@ -157,6 +175,10 @@ def tokens_in(shape, dtype=torch.float64) -> Tensor:
 
 def fresh(block: Block, x: Tensor, max_len: int = MAX_LEN):
     return block.init_state(len(x), max_len, device=x.device, dtype=x.dtype)
+
+
+def kernels_are_slow(backend: str, length: int) -> bool:
+    return backend == "triton" and INTERPRETED and length > 20
 
 
 def fold(block: Block, x: Tensor, state):
@@ -186,33 +208,40 @@ def assert_same(got, expected, tolerance: float) -> None:
 @every_block
 @pytest.mark.parametrize("length", LENGTHS)
 def test_forward_is_the_fold_of_step(variant, backend, length):
-    block, x = build(variant, backend), tokens_in((2, length, WIDTH))
+    if (variant, backend, length) == ("mamba2-groups", "triton", 1000):
+        pytest.skip("minutes in the interpreter, and the other variant shows it")
+    block, x = build(variant, backend), tokens_in((2, length, WIDTH), widest(backend))
+    # A kernel a token takes minutes in the interpreter: there few tokens are folded with kernels.
+    definition = (
+        build(variant, "reference", torch.float32) if kernels_are_slow(backend, length) else block
+    )
     with torch.no_grad():
-        expected, expected_state = fold(block, x, fresh(block, x))
+        expected, expected_state = fold(definition, x, fresh(definition, x))
         got, state, _ = block(x, fresh(block, x))
         alone = block(x)
-    assert_same(got, expected, 1e-10)
-    assert_same(state, expected_state, 1e-10)
+    assert_same(got, expected, tolerance(backend, 1e-10))
+    assert_same(state, expected_state, tolerance(backend, 1e-10))
     assert state.position == length
-    assert_same(alone.x, expected, 1e-10)
+    assert_same(alone.x, expected, tolerance(backend, 1e-10))
     assert alone.state is None
 
 
 @every_block
 def test_every_split_hands_the_state_over(variant, backend):
-    block, x = build(variant, backend), tokens_in((2, 65, WIDTH))
+    slow = kernels_are_slow(backend, 65)  # every split of the operation: test_ssd_kernel.py
+    block, x = build(variant, backend), tokens_in((1 if slow else 2, 65, WIDTH), widest(backend))
     with torch.no_grad():
         expected, expected_state, _ = block(x, fresh(block, x))
-        for split in range(1, 65):
+        for split in (1, 2, 3, 31, 32, 33, 63, 64) if slow else range(1, 65):
             head, state, _ = block(x[:, :split], fresh(block, x))
             tail, state, _ = block(x[:, split:], state)
-            assert_same(torch.cat((head, tail), dim=1), expected, 1e-10)
-            assert_same(state, expected_state, 1e-10)
+            assert_same(torch.cat((head, tail), dim=1), expected, tolerance(backend, 1e-10))
+            assert_same(state, expected_state, tolerance(backend, 1e-10))
 
 
 @every_block
 def test_forward_in_three_pieces_then_steps(variant, backend):
-    block, x = build(variant, backend), tokens_in((3, 90, WIDTH))
+    block, x = build(variant, backend), tokens_in((3, 90, WIDTH), widest(backend))
     with torch.no_grad():
         expected = block(x).x
         pieces, state = [], fresh(block, x, max_len=90)
@@ -220,13 +249,13 @@ def test_forward_in_three_pieces_then_steps(variant, backend):
             y, state, _ = block(x[:, start:end], state)
             pieces.append(y)
         y, state = fold(block, x[:, 80:], state)
-    assert_same(torch.cat((*pieces, y), dim=1), expected, 1e-10)
+    assert_same(torch.cat((*pieces, y), dim=1), expected, tolerance(backend, 1e-10))
 
 
 @every_block
 @pytest.mark.parametrize("position", [0, 1, 40, 69])
 def test_causality(variant, backend, position):
-    block, x = build(variant, backend), tokens_in((1, 70, WIDTH))
+    block, x = build(variant, backend), tokens_in((1, 70, WIDTH), widest(backend))
     changed = x.clone()
     changed[:, position] *= -1.0
     with torch.no_grad():
@@ -241,32 +270,37 @@ def test_causality(variant, backend, position):
 @every_block
 @pytest.mark.parametrize("length", [1, 65])
 def test_batch_rows_are_independent(variant, backend, length):
-    block, x = build(variant, backend), tokens_in((4, length, WIDTH))
+    block, x = build(variant, backend), tokens_in((4, length, WIDTH), widest(backend))
     with torch.no_grad():
         together = block(x).x
         for row in range(4):
-            assert_same(block(x[row : row + 1]).x, together[row : row + 1], 1e-12)
+            assert_same(
+                block(x[row : row + 1]).x, together[row : row + 1], tolerance(backend, 1e-12)
+            )
 
 
 @every_block
 def test_non_contiguous_input(variant, backend):
     block = build(variant, backend)
-    wide = tokens_in((WIDTH, 2, 66)).permute(1, 2, 0)[:, ::2]  # (2, 33, WIDTH), strides mixed
+    wide = tokens_in((WIDTH, 2, 66), widest(backend))
+    wide = wide.permute(1, 2, 0)[:, ::2]  # (2, 33, WIDTH), strides mixed
     assert not wide.is_contiguous()
     with torch.no_grad():
         expected, expected_state, _ = block(wide.contiguous(), fresh(block, wide))
         got, state, _ = block(wide, fresh(block, wide))
-    assert_same(got, expected, 1e-12)
-    assert_same(state, expected_state, 1e-12)
+    assert_same(got, expected, tolerance(backend, 1e-12))
+    assert_same(state, expected_state, tolerance(backend, 1e-12))
 
 
 @every_block
 def test_gradients_of_forward_are_those_of_the_fold(variant, backend):
-    block, x = build(variant, backend), tokens_in((2, 21, WIDTH)).requires_grad_()
-    weight = tokens_in((2, 21, WIDTH)).sin()
+    length, split = (5, 2) if kernels_are_slow(backend, 21) else (21, 8)
+    block, x = build(variant, backend), tokens_in((2, length, WIDTH), widest(backend))
+    x.requires_grad_()
+    weight = tokens_in((2, length, WIDTH), widest(backend)).sin()
     wanted = (x, *block.parameters())
-    head, state, _ = block(x[:, :8], fresh(block, x))
-    tail, _, _ = block(x[:, 8:], state)
+    head, state, _ = block(x[:, :split], fresh(block, x))
+    tail, _, _ = block(x[:, split:], state)
     handed_over = torch.autograd.grad((torch.cat((head, tail), 1) * weight).sum(), wanted)
     expected = torch.autograd.grad((fold(block, x, fresh(block, x))[0] * weight).sum(), wanted)
     got = torch.autograd.grad((block(x).x * weight).sum(), wanted)
@@ -274,8 +308,8 @@ def test_gradients_of_forward_are_those_of_the_fold(variant, backend):
         [("x", x), *block.named_parameters()], got, expected, handed_over, strict=True
     ):
         assert b.abs().max() > 0, f"no gradient reaches {name}"
-        assert_same(a, b, 1e-9)
-        assert_same(c, b, 1e-9)
+        assert_same(a, b, tolerance(backend, 1e-9))
+        assert_same(c, b, tolerance(backend, 1e-9))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -285,7 +319,7 @@ def test_torch_equals_reference_with_all_gradients(variant, length, dtype, toler
     x = tokens_in((2, length, WIDTH), dtype).requires_grad_()
     weight = tokens_in((2, length, WIDTH), dtype).cos()
     results = []
-    for backend in BACKENDS:
+    for backend in ("reference", "torch"):
         block = build(variant, backend, dtype)
         y = block(x).x
         results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *block.parameters()))))
@@ -309,9 +343,25 @@ def test_declared_state_bytes_are_allocated(variant, backend):
     assert tensor_bytes(state) == declared
 
 
+def refused(backend: str, dtype: torch.dtype) -> str | None:
+    """What a backend says to a type that it does not have here."""
+    if backend == "triton" and dtype == torch.float64:
+        return "has no kernels in float64"
+    if backend == "triton" and dtype == torch.bfloat16 and INTERPRETED:
+        return "interpreter computes bfloat16 wrongly"
+    return None
+
+
 @every_block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_types_in_and_out(variant, backend, dtype):
+    if (words := refused(backend, dtype)) is not None:
+        block, x = build(variant, backend, dtype), tokens_in((2, 3, WIDTH), dtype)
+        with torch.no_grad(), pytest.raises(BackendUnavailableError, match=words):
+            block(x)
+        with torch.no_grad(), pytest.raises(BackendUnavailableError, match=words):
+            block.step(x[:, 0], fresh(block, x))
+        return
     block, x = build(variant, backend, dtype), tokens_in((2, 19, WIDTH), dtype)
     with torch.no_grad():
         state = fresh(block, x)
@@ -329,6 +379,8 @@ def test_types_in_and_out(variant, backend, dtype):
 
 @every_block
 def test_bfloat16_errs_by_rounding_only(variant, backend):
+    if refused(backend, torch.bfloat16) is not None:
+        pytest.skip("the interpreter refuses bfloat16")
     rounded, x = build(variant, backend, torch.bfloat16), tokens_in((2, 65, WIDTH), torch.bfloat16)
     exact = copy.deepcopy(rounded).double()  # the same weights: what is left is arithmetic
     with torch.no_grad():
@@ -340,7 +392,7 @@ def test_bfloat16_errs_by_rounding_only(variant, backend):
 
 @every_block
 def test_foreign_carry_passes_through(variant, backend):
-    block, x = build(variant, backend), tokens_in((1, 5, WIDTH))
+    block, x = build(variant, backend), tokens_in((1, 5, WIDTH), widest(backend))
     carry = {"elsewhere": torch.ones(1)}
     for state in (None, fresh(block, x)):
         assert block(x, state, carry).carry["elsewhere"] is carry["elsewhere"]
@@ -350,7 +402,7 @@ def test_foreign_carry_passes_through(variant, backend):
 
 @every_block
 def test_nothing_is_written_in_place_where_gradients_flow(variant, backend):
-    block, x = build(variant, backend), tokens_in((2, 12, WIDTH))
+    block, x = build(variant, backend), tokens_in((2, 12, WIDTH), widest(backend))
     with torch.no_grad():
         _, state, _ = block(x, fresh(block, x, max_len=40))
     state = mapped(state, lambda t: t.clone().requires_grad_())
@@ -388,7 +440,22 @@ def test_a_copy_is_independent(variant):
         assert torch.equal(fold(block, x, fresh(block, x))[0], before)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PEERS])
+@pytest.mark.parametrize("variant", BUILT)
+@pytest.mark.parametrize("length", [1, 17, 65])
+def test_triton_equals_torch_with_all_gradients(variant, length):
+    x = tokens_in((2, length, WIDTH), torch.float32).requires_grad_()
+    weight = tokens_in((2, length, WIDTH), torch.float32).cos()
+    results = []
+    for backend in ("torch", "triton"):
+        block = build(variant, backend, torch.float32)
+        y = block(x).x
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (x, *block.parameters()))))
+    for got, expected in zip(results[1], results[0], strict=True):
+        if length > 1 or expected.abs().max() > 1e-6:
+            assert_same(got, expected, 2e-5)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PEERS and v not in BUILT])
 def test_triton_says_that_it_is_not_built(variant):
     block = build(variant, "triton", torch.float32)
     x = tokens_in((1, 9, WIDTH), torch.float32)
@@ -420,8 +487,7 @@ def test_growth_of_counted_work_and_state(variant):
     assert (state[1] > 1.9 * state[0]) if grows else (state[1] == state[0])
 
 
-@every_pattern
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_pattern_and_backend
 def test_model_decodes_as_it_reads(pattern, backend):
     net = model(pattern, backend)
     randomise(net)
@@ -429,14 +495,14 @@ def test_model_decodes_as_it_reads(pattern, backend):
     with torch.no_grad():
         expected = net(tokens).logits
         logits, state = net.prefill(tokens[:, :11], 30)
-        assert_same(logits, expected[:, 10], 1e-10)
+        assert_same(logits, expected[:, 10], tolerance(backend, 1e-10))
         for t in range(11, 30):
             logits, state = net.decode(tokens[:, t], state)
-            assert_same(logits, expected[:, t], 1e-10)
+            assert_same(logits, expected[:, t], tolerance(backend, 1e-10))
         assert state.position == 30
         _, state = net(tokens[:, :11], net.init_state(2, 30))
         again, state = net(tokens[:, 11:], state)
-    assert_same(again, expected[:, 11:], 1e-10)
+    assert_same(again, expected[:, 11:], tolerance(backend, 1e-10))
     assert state.position == 30
 
 
@@ -479,14 +545,12 @@ def test_generate_samples_reproducibly():
     assert not torch.equal(draws[0], draws[2])
 
 
-@every_pattern
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_twenty_training_steps_lower_the_loss(pattern, backend):
+def losses_of_twenty_steps(pattern, backend, learning_rate, rows=8, length=32):
     net = model(pattern, backend, torch.float32, depth=None if pattern == HYBRID else 2)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(5)
-    start = torch.randint(64, (8, 1), generator=generator)
-    tokens = (start + torch.arange(33) * 5) % 64  # the next byte follows from the last
+    start = torch.randint(64, (rows, 1), generator=generator)
+    tokens = (start + torch.arange(length + 1) * 5) % 64  # the next byte follows from the last
     losses = []
     for _ in range(20):
         logits = net(tokens[:, :-1]).logits
@@ -496,10 +560,26 @@ def test_twenty_training_steps_lower_the_loss(pattern, backend):
         assert all(p.grad is not None for p in net.parameters())
         optimiser.step()
         losses.append(loss.item())
+    return losses
+
+
+@every_pattern
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_twenty_training_steps_lower_the_loss(pattern, backend):
+    losses = losses_of_twenty_steps(pattern, backend, 3e-3)
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", [p for p in SMALL if p in BUILT])
+def test_triton_trains_as_torch_does(pattern):
+    size = {"rows": 1, "length": 10} if INTERPRETED else {}
+    expected = losses_of_twenty_steps(pattern, "torch", 1e-3, **size)
+    assert expected[-1] < 0.95 * expected[0]
+    got = losses_of_twenty_steps(pattern, "triton", 1e-3, **size)
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_value_residual_reaches_block_0_through_the_carry(backend):
     first = build("rwkv7", backend, layer_index=0, depth=2)
     second = build("rwkv7", backend, layer_index=1, depth=2)
