@@ -6,7 +6,6 @@ An `Op` also knows which axes of its tensors are batch rows, heads (or channels)
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -192,7 +191,9 @@ class SSDOp(Op):
 
     def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, P)."""
-        return (operation or partial(ssd, plan=None))(**inputs, backend=backend)[0]
+        if operation is not None:
+            return operation(**inputs, backend=backend)[0]
+        return ssd(**inputs, plan=None, backend=backend)[0]
 
     def express(self, inputs: Tensors) -> Tensors:
         """What `ssd` takes, as a differentiable function of these inputs: themselves."""
