@@ -174,3 +174,6 @@ def test_a_sweep_of_kernels_in_the_interpreter_has_records_and_no_times(tmp_path
         assert asdict(asked) in [asdict(c) for c in both]
         assert found.environment["code_hash"] == code_hash("mamba2", OURS, asked.backend)
         assert ("plans" in found.environment) == (asked.backend == "triton")
+    stood = []
+    cost.run(both, tmp_path, device="cpu", on_finish=lambda found, known: stood.append(known))
+    assert stood == [True, True]
