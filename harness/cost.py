@@ -13,6 +13,7 @@ from harness.worker import WrongResultError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.plans import Plans
     from harness.sweep import Grid
 
 MAX_THREADS = 4096
@@ -77,24 +78,43 @@ def run(
 
 
 def measure(
-    case: Case, device: str, ceilings: Mapping[str, float], *, energy: bool = False
+    case: Case,
+    device: str,
+    ceilings: Mapping[str, float],
+    *,
+    energy: bool = False,
+    plans: Plans | None = None,
 ) -> tuple[Metrics, Samples]:
     """Metrics and samples of one cell, measured in this process.
 
+    Args:
+        case: what is asked.
+        device: "cpu" or "cuda".
+        ceilings: the device's, of `harness.ceilings`.
+        energy: measure energy too.
+        plans: takes what the operations' plans chose, also where the cell then fails.
+
     Raises:
+        BackendUnavailableError: the backend cannot run here, or only in Triton's interpreter.
         WrongResultError: the result differs from the reference.
         FasterThanRooflineError: the time is below what the device can do.
         NotImplementedError: there is no such cell.
         FloatingPointError: a training run diverged.
     """
+    from harness.plans import recorded
+
+    refuse_interpreter(case)
+    plans = {} if plans is None else plans
     if case.kind == "loss":
-        return _loss(case, device)
+        with recorded(plans):
+            return _loss(case, device)
     from harness import timing
     from harness.workload import ALLOWED_ERROR, build
 
-    workload = build(case, device)
     allowed = ALLOWED_ERROR[case.dtype]
-    compile_ms = timing.first_call_ms(workload.function, device)  # the check warms it up
+    with recorded(plans):  # of a backward pass the forward pass plans, while it is built
+        workload = build(case, device)
+        compile_ms = timing.first_call_ms(workload.function, device)  # the check warms it up
     before = checked(workload.check(), allowed)
     metrics, samples = timing.observe(workload.function, device=device, energy=energy)
     after = checked(workload.check(), allowed)
@@ -102,6 +122,24 @@ def measure(
     metrics |= {**workload.counted, "compile_ms": compile_ms, "relative_error": error}
     metrics["roofline_fraction"] = attainment(case, metrics, device, ceilings)
     return metrics, samples
+
+
+def refuse_interpreter(case: Case) -> None:
+    """Raise for a cell whose kernels Triton's interpreter would run.
+
+    Raises:
+        BackendUnavailableError: it would.
+    """
+    from archs.ops import BackendUnavailableError
+    from harness.environment import interpreted
+    from harness.peers import PEERS
+
+    peer = PEERS.get(case.implementation)
+    in_triton = case.backend == "triton" or (peer is not None and peer.in_triton)
+    if in_triton and interpreted():
+        raise BackendUnavailableError(
+            "times in Triton's interpreter mean nothing: unset TRITON_INTERPRET"
+        )
 
 
 def attainment(case: Case, metrics: Metrics, device: str, measured: Mapping[str, float]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.environment import environment, installed_version
+from harness.environment import environment, installed_version, interpreted
 from harness.worker import one_line
 
 KERNEL = """
@@ -94,15 +94,19 @@ def _triton() -> Check:
     found = f"{installed_version('triton')}"
     if not torch.cuda.is_available():
         return Check("Triton", False, f"{found}; its kernels need an NVIDIA GPU to run at speed")
+    if interpreted():
+        said = f"{found}; TRITON_INTERPRET is set: kernels are interpreted, and never measured"
+        return Check("Triton", False, said, "unset TRITON_INTERPRET")
     return _kernel_runs("Triton", "cuda", {}, f"{found}, compiles and runs")
 
 
 def _interpreter() -> Check:
     if installed_version("triton") is None:
         return Check("Triton interpreter", False, "Triton is not installed", "pip install triton")
-    return _kernel_runs(
-        "Triton interpreter", "cpu", {"TRITON_INTERPRET": "1"}, "runs kernels on the CPU, slowly"
-    )
+    said = "runs kernels on the CPU, slowly"
+    if interpreted():
+        said += "; TRITON_INTERPRET is set: backend triton runs there, and is never measured"
+    return _kernel_runs("Triton interpreter", "cpu", {"TRITON_INTERPRET": "1"}, said)
 
 
 def _kernel_runs(name: str, device: str, variables: dict[str, str], good: str) -> Check:
@@ -132,15 +136,18 @@ def _backends() -> Check:
     from archs.ops.ssd import ssd
     from harness.sweep import CHOICES
 
-    x, heads, b = torch.randn(1, 4, 1, 8), -torch.rand(1, 4, 1), torch.randn(1, 4, 1, 8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, b = torch.randn(2, 1, 4, 1, 16, device=device)
+    heads = -torch.rand(1, 4, 1, device=device)
     said = []
     for backend in CHOICES["backend"]:
         try:
             ssd(x, heads, b, b, backend=backend)
-            said.append(backend)
+            slowly = " (interpreted)" if backend == "triton" and interpreted() else ""
+            said.append(backend + slowly)
         except BackendUnavailableError as error:
             said.append(f"not {backend} ({one_line(str(error))})")
-    return Check("backends", True, "; ".join(said))
+    return Check("backends", True, "of ssd: " + "; ".join(said))
 
 
 def _peer(name: str) -> Callable[[], Check]:

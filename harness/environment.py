@@ -79,12 +79,13 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def code_hash(arch: str, implementation: str = "ours") -> str:
+def code_hash(arch: str, implementation: str = "ours", backend: str = "torch") -> str:
     """16 hexadecimal digits over the sources behind a number of an architecture or hybrid pattern.
 
     These are the modules of its blocks, the model around them, and all that they import of the
-    same packages; a plug-in's own sources likewise; and the modules that feed and time it. Of a
-    peer also the modules that call it, and its library's version.
+    same packages; a plug-in's own sources likewise; and the modules that feed and time it. On
+    backend "triton" also the kernels of the operations among them, which are imported by name. Of
+    a peer also the modules that call it, and its library's version.
 
     Raises:
         ValueError: unknown architecture.
@@ -102,6 +103,8 @@ def code_hash(arch: str, implementation: str = "ours") -> str:
         if module not in sources and (path := _source(module)):
             sources[module] = path.read_bytes()
             modules |= {m for m in _imports(module, path) if m.partition(".")[0] in packages}
+            if backend == "triton" and module.startswith("archs.ops."):
+                modules.add(f"{module}_kernel")
     peer = PEERS.get(implementation)
     # These import every architecture: they are not followed.
     for module in (*MEASURING, *(CALLING if peer else ())):
@@ -137,6 +140,15 @@ def _imports(module: str, path: Path) -> set[str]:
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return found
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for its compiler: TRITON_INTERPRET is set."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return knobs.runtime.interpret
 
 
 def installed_version(package: str) -> str | None:

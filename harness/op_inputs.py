@@ -19,7 +19,7 @@ from archs.ops import Backend, no_such_backend
 from archs.ops.attention import attention
 from archs.ops.long_conv import long_conv, long_conv_step
 from archs.ops.short_conv import short_conv
-from archs.ops.ssd import ssd, ssd_step
+from archs.ops.ssd import ssd, ssd_step, ssd_step_triton
 from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step
 from archs.rwkv7 import RWKV7Config
 from archs.transformer import TransformerConfig
@@ -191,7 +191,9 @@ class SSDOp(Op):
 
     def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, P)."""
-        return (operation or ssd)(**inputs, backend=backend)[0]
+        if operation is not None:
+            return operation(**inputs, backend=backend)[0]
+        return ssd(**inputs, plan=None, backend=backend)[0]
 
     def express(self, inputs: Tensors) -> Tensors:
         """What `ssd` takes, as a differentiable function of these inputs: themselves."""
@@ -204,8 +206,9 @@ class SSDOp(Op):
         x, b = before["x"], before["b"]
         start = x.new_zeros(x.shape[0], *x.shape[2:], b.shape[3])
         with torch.no_grad():
-            _, state = ssd(**self.express(before), state=start, backend="torch")
-        y, _ = ssd(**self.express({**last, **weights}), state=state, backend="reference")
+            _, state = ssd(**self.express(before), state=start, plan=None, backend="torch")
+        inputs = self.express({**last, **weights})
+        y, _ = ssd(**inputs, state=state, plan=None, backend="reference")
         return last, y
 
     def token(self, B: int, position: int, randn: Randn) -> Tensors:
@@ -218,7 +221,9 @@ class SSDOp(Op):
     def step(
         self, token: Tensors, backend: Backend, operation: Operation | None = None
     ) -> tuple[Tensor, ...]:
-        """The recurrence, on either backend; it is no call of `ssd`."""
+        """The recurrence; it is no call of `ssd`."""
+        if backend == "triton":
+            return ssd_step_triton(**token)
         fold_steps_only("mamba2 step", backend)
         return ssd_step(**token)
 

@@ -59,6 +59,7 @@ class Peer:
     load: Callable[[], object]  # imports what `call` needs
     remedy: str = ""  # how it is installed
     needs_gpu: bool = True
+    in_triton: bool = False  # its kernels are Triton's
 
     @property
     def version(self) -> str | None:
@@ -129,6 +130,7 @@ PEERS: dict[str, Peer] = {
             call=peer_calls.mamba_ssm,
             load=import_mamba_ssm,
             remedy=f"run: {INSTALL_MAMBA_SSM}",
+            in_triton=True,
         ),
         Peer(
             name="ssd-minimal",
@@ -148,6 +150,7 @@ PEERS: dict[str, Peer] = {
             call=peer_calls.fla,
             load=_importing("fla.ops.rwkv7"),
             remedy="run: pip install fla-core",
+            in_triton=True,
         ),
         Peer(
             name="torch-fft",

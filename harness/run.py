@@ -278,6 +278,7 @@ class Launcher:
 
     def _measurement(self, case: Case, worker: Worker, reply: dict[str, Any]) -> Measurement:
         """The record of what a worker replied, or of its end."""
+        plans = reply.pop("plans", None)  # null where the worker did not survive
         place = {
             **worker.environment,
             "process": f"{self.session}-{worker.process.pid}",
@@ -285,6 +286,7 @@ class Launcher:
             "cell_s": reply.pop("cell_s", None),  # in the worker; null where it did not survive
             "session": self.session,
             "time_limit_s": self.settings.time_limit_s,
+            **({"plans": plans} if case.backend == "triton" else {}),
             **_peer(case),
         }
         return Measurement(case=case, environment=place, **reply)
@@ -419,9 +421,9 @@ def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings
     return before.get("code_hash") == here["code_hash"]
 
 
-def _code(case: Case) -> tuple[str, str]:
+def _code(case: Case) -> tuple[str, str, str]:
     """What `code_hash` is formed of."""
-    return case.arch, case.implementation
+    return case.arch, case.implementation, case.backend
 
 
 def _stand(

@@ -244,7 +244,7 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             replicates=3,
         ),
     ),
-    # The operations at one shape a length, to be measured beside libraries' (--peers all).
+    # Our kernels at one shape a length, to be measured beside libraries' (--peers all).
     "h100-ops": (
         Grid(
             level="op",
@@ -252,16 +252,18 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             lengths=(2048, 4096, 8192, 32768),
             tokens=32768,
             size="d2048",
+            backend="triton",
         ),
-        # Of all operations attention alone decodes by the same call. 2.1 GB of keys and values.
+        # 2.1 GB of keys and values; 134 and 17 MB of SSD's states.
         *(
             Grid(
                 level="op",
                 phase="decode",
-                archs="transformer",
+                archs=("transformer", "mamba2"),
                 positions=position,
                 batch=(1 << 18) // position,
                 size="d2048",
+                backend="triton",
             )
             for position in (4096, 32768)
         ),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+    from harness.plans import Plans
     from harness.workload import Workload
 
 ALL = "all"  # every peer
@@ -110,7 +111,7 @@ class _Entrant:
 def measure(
     cases: Sequence[Case], device: str, ceilings: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """What came of each cell of a comparison, as `harness.worker.attempt` says it.
+    """What came of each cell of a comparison, as `harness.worker.attempt` says it, and its plans.
 
     One that is wrong, unsupported or out of memory, or raises, leaves the others to go on. Those
     that are measured have ratio_to_ours with its interval ratio_low, ratio_high, and a verdict.
@@ -122,11 +123,12 @@ def measure(
     from harness import timing
 
     results: dict[str, dict[str, Any]] = {}
+    plans: dict[str, Plans] = {case.key: {} for case in cases}
     entrants: list[_Entrant] = []
     for case in cases:
 
         def enter(case: Case = case) -> tuple[Metrics, dict]:
-            entrants.append(_enter(case, device))
+            entrants.append(_enter(case, device, plans[case.key]))
             return {}, {}
 
         results[case.key] = attempt(enter)
@@ -139,20 +141,24 @@ def measure(
             key = entrant.case.key
             results[key] = attempt(lambda e=entrant, o=seen[key]: _leave(e, o, device, ceilings))
     _add_ratios({case.implementation: results[case.key] for case in cases})
-    return [results[case.key] for case in cases]
+    return [{**results[case.key], "plans": plans[case.key]} for case in cases]
 
 
-def _enter(case: Case, device: str) -> _Entrant:
-    """Build, warm up and check one cell, and take its peak memory.
+def _enter(case: Case, device: str, plans: Plans) -> _Entrant:
+    """Build, warm up and check one cell, and take its peak memory and its `plans`.
 
     Raises:
+        BackendUnavailableError: the backend cannot run here, or only in Triton's interpreter.
         WrongResultError: the result differs from the reference.
     """
     from harness import cost, memory, timing
+    from harness.plans import recorded
     from harness.workload import ALLOWED_ERROR, build
 
-    workload = build(case, device)
-    compile_ms = timing.first_call_ms(workload.function, device)
+    cost.refuse_interpreter(case)
+    with recorded(plans):
+        workload = build(case, device)
+        compile_ms = timing.first_call_ms(workload.function, device)
     error = cost.checked(workload.check(), ALLOWED_ERROR[case.dtype])
     peak = memory.peak(workload.function, device)
     metrics = {

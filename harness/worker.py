@@ -85,8 +85,12 @@ def _measure(
     asked = Case(**case)
     code = _code_hash(settings, asked)
     start = time.perf_counter()
-    result = attempt(lambda: cost.measure(asked, settings["device"], ceilings, energy=energy))
-    return {**result, "code_hash": code, "cell_s": time.perf_counter() - start}
+    plans: dict[str, Any] = {}
+    result = attempt(
+        lambda: cost.measure(asked, settings["device"], ceilings, energy=energy, plans=plans)
+    )
+    seconds = time.perf_counter() - start
+    return {**result, "plans": plans, "code_hash": code, "cell_s": seconds}
 
 
 def _compare(
@@ -113,11 +117,11 @@ def _compare(
 
 
 def _code_hash(settings: dict[str, Any], case: Case) -> str:
-    """Formed once an architecture and implementation: loaded code stays, whatever the files do."""
+    """Formed once for what it is of: loaded code stays, whatever the files do."""
     from harness.environment import code_hash
 
     hashes = settings.setdefault("code_hashes", {})
-    what = case.arch, case.implementation
+    what = case.arch, case.implementation, case.backend
     return hashes.get(what) or hashes.setdefault(what, code_hash(*what))
 
 

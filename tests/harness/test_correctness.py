@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import archs
+from archs import mamba2
 from archs.block import Block, BlockConfig, BlockOutput
 from archs.ops import BackendUnavailableError
 from harness import correctness, op_inputs, workload
@@ -229,8 +230,10 @@ def test_a_prefill_wrong_at_length_only_is_found(arch, level, monkeypatch):
 
 @pytest.mark.parametrize("level", ["block", "model"])
 def test_a_prefill_by_a_kernel_is_checked_without_a_step_of_its_own(level, monkeypatch):
-    from archs import mamba2
+    def no_step(*args):
+        raise BackendUnavailableError("no step")
 
+    monkeypatch.setattr(mamba2, "ssd_step_triton", no_step)
     for name in ("ssd", "short_conv"):
         real = getattr(mamba2, name)
 
@@ -241,8 +244,36 @@ def test_a_prefill_by_a_kernel_is_checked_without_a_step_of_its_own(level, monke
     built = workload.build(case("mamba2", level, "prefill", 60, backend="triton"))
     for _ in range(2):
         assert 0 < built.check() <= RIGHT
-    with pytest.raises(BackendUnavailableError):
-        workload.build(case("mamba2", level, "decode", backend="triton")).function()
+
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled"
+)
+
+
+@interpreted
+@pytest.mark.parametrize(("level", "phase"), CELLS)
+def test_kernels_in_the_interpreter_are_right_before_and_after(level, phase):
+    built = workload.build(case("mamba2", level, phase, 33, size="d32", backend="triton"))
+    assert 0 < built.check() <= RIGHT
+    built.function()
+    assert 0 < built.check() <= RIGHT
+
+
+@interpreted
+@pytest.mark.parametrize(("level", "phase"), CELLS)
+def test_a_kernel_wrong_by_a_thousandth_is_found(level, phase, monkeypatch):
+    kernels = importlib.import_module("archs.ops.ssd_kernel")
+    for name in ("ssd_op", "ssd_step_op"):
+        real = getattr(kernels, name)
+
+        def wrong(*args, _real=real):
+            y, *rest = _real(*args)
+            return slightly_wrong("ssd", y), *rest
+
+        monkeypatch.setattr(kernels, name, wrong)
+    built = workload.build(case("mamba2", level, phase, 33, size="d32", backend="triton"))
+    assert built.check() > RIGHT
 
 
 class PlugState(NamedTuple):

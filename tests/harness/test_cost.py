@@ -158,12 +158,6 @@ def test_ceilings_measured_in_a_bad_moment_are_measured_again():
     assert 0 < found["metrics"]["roofline_fraction"] < 1
 
 
-def test_unbuilt_backend_is_unsupported():
-    found = measured(case(backend="triton"))
-    assert found["status"] == "unsupported"
-    assert "not built yet" in found["reason"]
-
-
 def test_a_sweep_runs_from_python_by_name_of_its_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('[[grid]]\nlevel = "op"\nphase = "forward"\narchs = "mamba2"\nlengths = 16\n')

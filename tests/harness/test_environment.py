@@ -39,6 +39,26 @@ def test_each_architecture_has_a_hash_of_its_own():
     assert code_hash("mamba2*3+hyena") not in hashes.values()
 
 
+@pytest.mark.parametrize(
+    ("kernels", "archs"), [("ssd", {"mamba2"}), ("short_conv", {"mamba2", "hyena"})]
+)
+def test_the_hash_of_a_kernel_s_time_covers_the_kernels(kernels, archs, tmp_path, monkeypatch):
+    def hashes():
+        every = ("transformer", "mamba2", "rwkv7", "hyena")
+        return {(a, b): code_hash(a, "ours", b) for a in every for b in ("torch", "triton")}
+
+    before, real = hashes(), environment._source
+    changed = tmp_path / "changed.py"
+    changed.write_bytes(real(f"archs.ops.{kernels}_kernel").read_bytes() + b"\n")
+    monkeypatch.setattr(
+        environment, "_source", lambda m: changed if m == f"archs.ops.{kernels}_kernel" else real(m)
+    )
+    after = hashes()
+    assert {what for what in before if before[what] != after[what]} == {
+        (arch, "triton") for arch in archs
+    }
+
+
 PLUG_IN = """
 from archs.mamba2 import Mamba2Block
 from . import other

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from harness import cost, sweep
+from archs.ops.ssd import plan
+from harness import cost, record, sweep
 from harness.correctness import ALLOWED_ERROR
 from harness.record import Case
 from harness.workload import build, build_model
@@ -19,8 +20,10 @@ ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 @pytest.mark.parametrize(
     ("level", "phase"), [(level, phase) for level in sweep.PHASES for phase in sweep.PHASES[level]]
 )
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_cell_is_right_on_the_gpu(arch, level, phase, dtype):
+@pytest.mark.parametrize(
+    ("arch", "backend"), [*((arch, "torch") for arch in ARCHS), ("mamba2", "triton")]
+)
+def test_every_cell_is_right_on_the_gpu(arch, backend, level, phase, dtype):
     decode = phase == "decode"
     workload = build(
         Case(
@@ -33,6 +36,7 @@ def test_every_cell_is_right_on_the_gpu(arch, level, phase, dtype):
             position=1000 if decode else None,
             size="d128",
             dtype=dtype,
+            backend=backend,
         ),
         "cuda",
     )
@@ -49,6 +53,19 @@ def test_a_sweep_runs_on_the_gpu_by_default(tmp_path):
     assert set(table["dtype"]) == {"bfloat16"}
     assert set(table["peak_source"]) == {"cuda allocator"}
     assert (table["roofline_fraction"] < 1.05).all()
+
+
+def test_records_of_our_kernels_hold_their_plans(tmp_path):
+    grids = [
+        sweep.Grid(level=level, phase=phase, archs="mamba2", lengths=8192, backend="triton")
+        for level, phase in (("op", "backward"), ("model", "prefill"))
+    ]
+    table = cost.run(grids, tmp_path, device="cuda")
+    assert set(table["status"]) == {"ok"}, table["reason"]
+    chosen = plan((1, 8192, 8, 64), "cuda")
+    assert chosen.segments > 1
+    for found in record.load(tmp_path)[0]:
+        assert found.environment["plans"] == {"ssd": [chosen._asdict()]}
 
 
 def test_training_runs_on_the_gpu(tmp_path):

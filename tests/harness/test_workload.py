@@ -1,16 +1,19 @@
 import importlib
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import archs
+from archs import mamba2
 from archs.block import tensor_bytes
 from archs.ops import BackendUnavailableError
 from harness import op_inputs, workload
 from harness.correctness import ALLOWED_ERROR
 from harness.record import Case
 from harness.sizes import Shape
+from harness.sweep import OPERATIONS
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 PHASES = {
@@ -27,6 +30,10 @@ def case(arch, level, phase, **changes):
     place = {"seq_len": None, "position": T} if phase == "decode" else {"seq_len": T}
     asked = {"kind": "cost", "batch": B, "size": "d64", **place, **changes}
     return Case(arch=arch, level=level, phase=phase, **asked)
+
+
+def has_kernels(operation):
+    return find_spec(f"archs.ops.{operation}_kernel") is not None
 
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -244,11 +251,26 @@ def test_a_cell_that_does_not_exist_says_so():
     assert workload.build(case(hybrid, "model", "prefill")).check() <= ALLOWED_ERROR["float32"]
 
 
-@every_arch
+@pytest.mark.parametrize("arch", [a for a in ARCHS if not has_kernels(OPERATIONS[a])])
 @pytest.mark.parametrize("phase", ["forward", "decode"])
 def test_an_unbuilt_backend_raises(arch, phase):
-    with pytest.raises(BackendUnavailableError):
+    with pytest.raises(BackendUnavailableError, match="not built yet"):
         workload.build(case(arch, "op", phase, backend="triton")).function()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
+def test_the_step_of_a_kernel_is_fed_what_its_block_feeds_it(monkeypatch):
+    fed = []
+    for level, module in (("block", mamba2), ("op", op_inputs)):
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "ssd_step_triton", recording(module.ssd_step_triton, calls))
+            asked = case("mamba2", level, "decode", dtype="float16", backend="triton")
+            workload.build(asked).function()
+        fed.append(calls)
+    block, op = fed
+    assert op == block
+    assert len(op) == 1
 
 
 @pytest.mark.parametrize("fields", [{"window": 7, "kv_heads": 1}, {"kv_heads": 2}])
