@@ -7,7 +7,7 @@ Letters: B batch, T tokens, H heads, K, P and N sizes of a head and its state, G
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "long_conv": ({"B": 8, "D": 64, "T": 2048},),
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
 }
-# The variant of our kernels at each shape, and shapes for other variants alone.
+# The variant of our kernels at each shape; and shapes for other variants alone, forward.
 PLANS: dict[str, dict[str, Any]] = {"ssd": {"plan": ssd.Plan(1)}}
 VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
     "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": ssd.Plan(4)}),),
@@ -46,6 +46,8 @@ TENSOR_PEERS = {
     "ssd": ("ssd-minimal",),
     "long_conv": ("torch-fft",),
 }
+# Whose many multiply-adds are not a matrix product that lost its tensor cores.
+WITHOUT_PRODUCTS = ("short_conv",)
 # What is kept in float32, whatever the type of the activations.
 WIDE = {
     "ssd": ("log_decay", "dt", "state"),
@@ -65,6 +67,7 @@ class Counted:
     leaves: Tensors  # inputs, recording gradients
     call: Callable[[Tensors], Outputs]  # y, then what else is written: the state after it
     reference: Callable[[Tensors], Outputs]  # the same function by our `torch` backend
+    backward: bool = True  # whether the backward pass is counted
 
     @property
     def unavailable(self) -> str | None:
@@ -78,7 +81,8 @@ def calls(op: str, dtype: torch.dtype) -> list[Counted]:
     found = [call for shape in SHAPES[op] for call in _calls(op, shape, dtype)]
     for shape, variant, options in VARIANTS.get(op, ()):
         label = f"{_label(shape)}, {variant}"
-        found.append(_our_kernels(op, label, _inputs(op, shape, dtype), options))
+        ours = _our_kernels(op, label, _inputs(op, shape, dtype), options)
+        found.append(replace(ours, backward=False))
     return found
 
 

@@ -71,10 +71,18 @@ def _traffic(call: Counted, job: Document) -> list[Document]:
         outputs, forward = traffic.count(lambda: call.call(call.leaves))
         y = outputs[0]
         seed = _seed(y)
-        gradients, backward = traffic.count(lambda: torch.autograd.grad(y, leaves, seed))
+        passes = {"forward": forward}
+        gradients: tuple[Tensor, ...] = ()
+        if call.backward:
+            gradients, passes["backward"] = traffic.count(
+                lambda: torch.autograd.grad(y, leaves, seed)
+            )
     wide = {name: x.detach().double().requires_grad_() for name, x in call.leaves.items()}
     wanted = call.reference(wide)
-    expected = torch.autograd.grad(wanted[0], list(wide.values()), seed.double())
+    errors = {"forward": _error(outputs, wanted)}
+    if call.backward:
+        expected = torch.autograd.grad(wanted[0], list(wide.values()), seed.double())
+        errors["backward"] = _error(gradients, expected)
     read = tensor_bytes(leaves)
     floors = {
         "forward": read + tensor_bytes(list(outputs)),
@@ -87,13 +95,10 @@ def _traffic(call: Counted, job: Document) -> list[Document]:
             "implementation": call.implementation,
             "phase": phase,
             "floor_bytes": floors[phase],
-            "relative_error": _error(got, right),
+            "relative_error": errors[phase],
             **document(counts),
         }
-        for phase, counts, got, right in (
-            ("forward", forward, outputs, wanted),
-            ("backward", backward, gradients, expected),
-        )
+        for phase, counts in passes.items()
     ]
 
 
@@ -134,7 +139,12 @@ def _compiled(call: Counted, job: Document) -> list[Document]:
     for arch in job["archs"]:
         with pretend.gpu(arch):
             for row in compiled.compile_launches(both_passes, arch):
-                rows.append({**names, **asdict(row)})
+                remarks = [
+                    remark
+                    for remark in row.remarks
+                    if call.op not in counted.WITHOUT_PRODUCTS or "tensor cores" not in remark
+                ]
+                rows.append({**names, **asdict(row), "remarks": remarks})
     return rows
 
 

@@ -72,10 +72,6 @@ def has_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-# `torch.compile` cannot trace what these two do, and need not: their results do not change.
-
-
-@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Whether Triton's interpreter stands in for its compiler."""
     from triton import knobs
@@ -83,6 +79,12 @@ def _interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-@torch.compiler.assume_constant_result
 def _load(operation: str) -> None:
     import_module(f"archs.ops.{operation}_kernel")
+
+
+# `torch.compile` cannot trace what these two do, and need not: their results do not change. This is
+# all that `torch.compiler.assume_constant_result` does once it has spent 2 s on its imports.
+for function in (_interpreted, _load):
+    function._dynamo_marked_constant = True
+del function

@@ -18,11 +18,12 @@ def ssd():
     return document
 
 
-def row(document, implementation, phase):
+def row(document, implementation, phase, variant=""):
     (found,) = (
         r
         for r in document["traffic"]
         if (r["implementation"], r["phase"]) == (implementation, phase)
+        and r["shape"].endswith(variant or "G 1")
     )
     return found
 
@@ -77,7 +78,9 @@ def test_autotuned_kernels_have_their_largest_tiles(ssd):
 
 
 def test_every_result_is_right(ssd):
-    assert {r["implementation"] for r in ssd["traffic"]} == {"torch", "mamba_ssm", "ssd-minimal"}
+    assert {r["implementation"] for r in ssd["traffic"]} == {
+        "triton", "torch", "mamba_ssm", "ssd-minimal"
+    }  # fmt: skip
     assert all(r["relative_error"] < 1e-3 for r in ssd["traffic"])
     assert counters.faults(ssd) == []
 
@@ -89,11 +92,29 @@ def test_its_kernels_are_compiled(ssd):
     assert kernels["_chunk_scan_fwd_kernel"]["opcodes"]["HGMMA"] > 0
 
 
-def test_what_is_left_out_is_named(ssd):
-    (triton,) = (o for o in ssd["left_out"] if o["implementation"] == "triton")
-    assert triton["reason"].startswith("ssd: backend 'triton' is not built yet")
-    assert not triton["failed"]
-    assert any("ssd triton: ssd: backend" in note for note in counters.notes(ssd))
+@pytest.mark.parametrize(
+    ("variant", "phase", "launches"),
+    [("", "forward", 1), ("", "backward", 2), ("4 segments", "forward", 2)],
+)
+def test_our_kernels_are_few_and_read_side_by_side(ssd, variant, phase, launches):
+    found = row(ssd, "triton", phase, variant)
+    assert found["launches"] == launches
+    for kernel in found["kernels"]:
+        for name in {"X", "Y", "DY", "DX", "K", "Q", "DK", "DQ", "U"} & set(kernel["arguments"]):
+            moved = kernel["arguments"][name]
+            assert moved["sector_bytes"] <= 1.1 * moved["requested_bytes"]
+
+
+def test_our_kernels_use_the_tensor_cores_and_do_not_spill(ssd):
+    ours = [r for r in ssd["compiled"] if r["implementation"] == "triton"]
+    assert {r["kernel"] for r in ours} == {
+        f"ssd_{name}_kernel" for name in ("fold", "forward", "backward", "gradients")
+    }
+    for found in ours:
+        assert found["opcodes"]["HGMMA"] > 0 == found["opcodes"]["HMMA"]
+        assert found["spills_in_loops"] == 0
+        assert found["spills"] <= (32 if "forward" in found["kernel"] else 64)
+        assert found["programs_per_sm"] >= 1
 
 
 def test_tables(ssd, capsys):
@@ -121,7 +142,12 @@ def test_json_is_the_same_to_the_byte():
     first, second = (seqscale("--op", "attention", "--sm", "90", "--json") for _ in range(2))
     assert first.returncode == second.returncode == 0
     assert first.stdout == second.stdout
-    assert {r["op"] for r in json.loads(first.stdout)["traffic"]} == {"attention"}
+    document = json.loads(first.stdout)
+    assert {r["op"] for r in document["traffic"]} == {"attention"}
+    ours = [o for o in document["left_out"] if o["implementation"] == "triton"]
+    assert ours[0]["reason"].startswith("attention: backend 'triton' is not built yet")
+    assert not any(o["failed"] for o in ours)
+    assert any("attention triton: attention: backend" in n for n in counters.notes(document))
     assert "done: attention traffic" in first.stderr.decode()
 
 
