@@ -4,8 +4,8 @@ Forward. One program a head (and segment) walks the chunks in order with the sta
 neither states nor C B^T reach memory. Where heads are few and the sequence is long, segments run
 side by side; a pass before forms what each of them adds to the state.
 
-Backward. The forward pass keeps the state before every second chunk. A pass over the chunks in
-reverse keeps the gradient of the state after every second chunk. Then all chunks are independent:
+Backward. The forward pass keeps the state before every third chunk. A pass over the chunks in
+reverse keeps the gradient of the state after every third chunk. Then all chunks are independent:
 one program a chunk and group loops over the group's heads and sums their shares of db and dc in
 registers.
 
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import register_flop_formula
 # C by the bytes of an element of x: 32 tokens do not fill a warp group's matrix instruction, 128
 # spill, and tiles of 64 in float32 do not fit in shared memory.
 CHUNK = {2: 64, 4: 32}
+SPACED = 3  # chunks between kept states: fewer mean more bytes, more mean more work backward
 BLOCK_P = 64  # columns of a state in one program
 STEP_BLOCK_P = 16  # likewise in the step: small, so that few heads are many programs
 BLOCK_H = 8  # heads whose x and dy one program reads twice, the second time from the cache
@@ -112,6 +113,31 @@ def _start(
     return state
 
 
+@triton.jit
+def _move(
+    state, k, U, strides_u, LOG_DECAY, strides_l, DT, strides_d, i_b, i_h, t, o_c, o_p, T,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A state (n, p) moved over the chunk at t, and log2 of its decay.
+
+    It gains what is written along k, a tile of b (C, n), of U = x; in reverse, a gradient of a
+    state gains what is read along k, a tile of c, of U = dy.
+    """
+    coarse, fine, coarse_sum, fine_sum = _decay_sums(
+        _vector(LOG_DECAY, strides_l, i_b, i_h, t, o_c, T, 0.0)
+    )
+    if REVERSE:
+        weight = tl.exp2(coarse + fine)
+    else:
+        weight = tl.exp2((coarse_sum - coarse) + (fine_sum - fine))
+        weight *= _vector(DT, strides_d, i_b, i_h, t, o_c, T, 1.0)
+    u = _tile(U, strides_u, i_b, i_h, t, o_c, o_p, T)  # (C, p)
+    u = (u * weight[:, None]).to(u.dtype)
+    log2_whole = coarse_sum + fine_sum
+    state = tl.dot(tl.trans(k), u, state * tl.exp2(log2_whole), input_precision=PRECISION)
+    return state, log2_whole
+
+
 @triton.jit(do_not_specialize=["T", "segment"])
 def ssd_fold_kernel(
     U,  # what is written into the state: x (B, T, H, P), or in reverse dy
@@ -128,7 +154,7 @@ def ssd_fold_kernel(
     H,
     R,  # heads a group
     S,
-    segment,  # tokens, a multiple of 2C
+    segment,  # tokens, a multiple of SPACED C
     P: tl.constexpr,
     N: tl.constexpr,
     BP: tl.constexpr,
@@ -149,20 +175,12 @@ def ssd_fold_kernel(
     chunks = tl.cdiv(tl.minimum(segment, T - first), C)
     for i in range(chunks):
         t = first + (chunks - 1 - i if REVERSE else i) * C
-        coarse, fine, coarse_sum, fine_sum = _decay_sums(
-            _vector(LOG_DECAY, strides_l, i_b, i_h, t, o_c, T, 0.0)
-        )
-        if REVERSE:
-            weight = tl.exp2(coarse + fine)
-        else:
-            weight = tl.exp2((coarse_sum - coarse) + (fine_sum - fine))
-        weight *= _vector(DT, strides_d, i_b, i_h, t, o_c, T, 1.0)
-        u = _tile(U, strides_u, i_b, i_h, t, o_c, o_p, T)  # (C, BP)
         k = _tile(K, strides_k, i_b, i_h // R, t, o_c, o_n, T)  # (C, N)
-        u = (u * weight[:, None]).to(u.dtype)
-        state *= tl.exp2(coarse_sum + fine_sum)
-        state = tl.dot(tl.trans(k), u, state, input_precision=PRECISION)
-        decayed += coarse_sum + fine_sum
+        state, log2_decay = _move(
+            state, k, U, strides_u, LOG_DECAY, strides_l, DT, strides_d, i_b, i_h, t, o_c, o_p, T,
+            REVERSE, PRECISION,
+        )  # fmt: skip
+        decayed += log2_decay
     i_part = (i_b.to(tl.int64) * S + i_s) * H + i_h
     tl.store(PARTIAL + i_part * (P * N) + o_p[None, :] * N + o_n[:, None], state)
     tl.store(DECAYED + i_part, decayed, i_p == 0)
@@ -180,7 +198,7 @@ def ssd_forward_kernel(
     PARTIAL,  # as `ssd_fold_kernel` leaves them, or None
     DECAYED,
     Y,  # (B, T, H, P)
-    KEPT,  # (B, ceil(T / 2C), H, N, P), the states before every second chunk, or None
+    KEPT,  # (B, ceil(T / (SPACED C)), H, N, P), the states before every SPACED chunks, or None
     END,  # (B, H, P, N), or None
     strides_x,
     strides_l,
@@ -192,11 +210,12 @@ def ssd_forward_kernel(
     H,
     R,  # heads a group
     S,
-    segment,  # tokens, a multiple of 2C
+    segment,  # tokens, a multiple of SPACED C
     P: tl.constexpr,
     N: tl.constexpr,
     BP: tl.constexpr,
     C: tl.constexpr,
+    SPACED: tl.constexpr,  # chunks between kept states
     PRECISION: tl.constexpr,
 ):
     """The outputs of a segment and head."""
@@ -210,10 +229,10 @@ def ssd_forward_kernel(
     first = i_s * segment
     for t in range(first, tl.minimum(first + segment, T), C):
         if KEPT is not None:
-            i_kept = (i_b.to(tl.int64) * tl.cdiv(T, 2 * C) + t // (2 * C)) * H + i_h
+            i_kept = (i_b.to(tl.int64) * tl.cdiv(T, SPACED * C) + t // (SPACED * C)) * H + i_h
             p_kept = KEPT + i_kept * (N * P) + o_n[:, None] * P + o_p[None, :]
             # A masked store: around it a branch would cost registers, and spills.
-            tl.store(p_kept, state.to(KEPT.dtype.element_ty), t % (2 * C) == 0)
+            tl.store(p_kept, state.to(KEPT.dtype.element_ty), t % (SPACED * C) == 0)
         dt = _vector(DT, strides_d, i_b, i_h, t, o_c, T, 1.0)
         coarse, fine, coarse_sum, fine_sum = _decay_sums(
             _vector(LOG_DECAY, strides_l, i_b, i_h, t, o_c, T, 0.0)
@@ -260,7 +279,7 @@ def ssd_backward_kernel(
     DDT,  # (P / BP, B, T, H), float32, or None; the sum over parts is the gradient
     DSKIP,  # (P / BP, B, S, H), float32, or None; the sum over all but heads is the gradient
     BEYOND,  # (P / BP, B, T, H), float32: the log-decays' gradient by paths into later chunks
-    AFTER,  # (B, ceil(T / 2C), H, N, P), gradients of the states after every second chunk
+    AFTER,  # (B, ceil(T / (SPACED C)), H, N, P), gradients of the states after them
     END,  # (B, H, P, N), the gradient of the state before the first token, or None
     strides_x,
     strides_dy,
@@ -272,11 +291,12 @@ def ssd_backward_kernel(
     H,
     R,  # heads a group
     S,
-    segment,  # tokens, a multiple of 2C
+    segment,  # tokens, a multiple of SPACED C
     P: tl.constexpr,
     N: tl.constexpr,
     BP: tl.constexpr,
     C: tl.constexpr,
+    SPACED: tl.constexpr,  # chunks between kept states
     PRECISION: tl.constexpr,
 ):
     """The gradients that need only those of later tokens, of a segment and head."""
@@ -294,9 +314,9 @@ def ssd_backward_kernel(
     chunks = tl.cdiv(tl.minimum(segment, T - first), C)
     for i in range(chunks):
         t = first + (chunks - 1 - i) * C
-        i_kept = (i_b.to(tl.int64) * tl.cdiv(T, 2 * C) + t // (2 * C)) * H + i_h
+        i_kept = (i_b.to(tl.int64) * tl.cdiv(T, SPACED * C) + t // (SPACED * C)) * H + i_h
         p_kept = AFTER + i_kept * (N * P) + o_n[:, None] * P + o_p[None, :]
-        ends = (t % (2 * C) == C) or (t + C >= T)
+        ends = (t % (SPACED * C) == (SPACED - 1) * C) or (t + C >= T)
         tl.store(p_kept, dstate.to(AFTER.dtype.element_ty), ends)
         dt = _vector(DT, strides_d, i_b, i_h, t, o_c, T, 1.0)
         coarse, fine, coarse_sum, fine_sum = _decay_sums(
@@ -348,8 +368,8 @@ def ssd_gradients_kernel(
     DT,  # (B, T, H), or None
     K,  # b (B, T, G, N)
     Q,  # c (B, T, G, N)
-    BEFORE,  # (B, ceil(T / 2C), H, N, P), the states before every second chunk
-    AFTER,  # likewise, the gradients of the states after it
+    BEFORE,  # (B, ceil(T / (SPACED C)), H, N, P), the states before every SPACED chunks
+    AFTER,  # likewise, the gradients of the states after them
     WITHIN,  # (B, T, H), float32: the log-decays' gradient by paths within a chunk
     OVER,  # (B, T, H), float32: that by paths from before the chunk
     DK,  # (B, T, G, N)
@@ -367,15 +387,16 @@ def ssd_gradients_kernel(
     N: tl.constexpr,
     BP: tl.constexpr,
     C: tl.constexpr,
+    SPACED: tl.constexpr,  # chunks between kept states
     BH: tl.constexpr,  # heads whose x and dy are read twice, the second time from the cache
     OVERLAP: tl.constexpr,  # whether the next head's tiles are loaded meanwhile
     PRECISION: tl.constexpr,
 ):
     """The gradients that sum over a group's heads, of a chunk and group.
 
-    States are kept at the start, their gradients at the end of two chunks. Of the two that a chunk
-    needs, one is moved over the other chunk: where this is the second, the state over the first,
-    with what that writes; else the gradient over the second, with what that reads.
+    States are kept at the start, their gradients at the end of three chunks. What a chunk needs is
+    moved over the chunks between: the state over those before it, with what they write; the
+    gradient over those after it, with what they read.
 
     The products within the chunk and those with the states have loops of their own, over a few
     heads each: together, or with addresses kept from one loop to the next, they would need more
@@ -386,21 +407,25 @@ def ssd_gradients_kernel(
     i_c = pid % chunks
     i_g = pid // chunks % (H // R)
     i_b = pid // chunks // (H // R)
-    for SECOND in tl.static_range(2):
-        if i_c % 2 == SECOND:
+    for PLACE in tl.static_range(SPACED):
+        if i_c % SPACED == PLACE:
             o_n = tl.arange(0, N)
             o_c = tl.arange(0, C)
             t = i_c * C
             m_t = t + o_c < T
             k = _tile(K, strides_k, i_b, i_g, t, o_c, o_n, T)  # (C, N)
             q = _tile(Q, strides_q, i_b, i_g, t, o_c, o_n, T)  # (C, N)
-            if SECOND:
-                t_other = t - C
-                other = _tile(K, strides_k, i_b, i_g, t_other, o_c, o_n, T)  # (C, N)
+            tl.static_assert(SPACED == 3)
+            if PLACE == 0:
+                k_1 = _tile(Q, strides_q, i_b, i_g, t + 2 * C, o_c, o_n, T)  # (C, N)
+                k_2 = _tile(Q, strides_q, i_b, i_g, t + C, o_c, o_n, T)  # (C, N)
+            elif PLACE == 1:
+                k_1 = _tile(K, strides_k, i_b, i_g, t - C, o_c, o_n, T)  # (C, N)
+                k_2 = _tile(Q, strides_q, i_b, i_g, t + C, o_c, o_n, T)  # (C, N)
             else:
-                t_other = t + C
-                other = _tile(Q, strides_q, i_b, i_g, t_other, o_c, o_n, T)  # (C, N)
-            i_kept = (i_b.to(tl.int64) * tl.cdiv(T, 2 * C) + i_c // 2) * H
+                k_1 = _tile(K, strides_k, i_b, i_g, t - 2 * C, o_c, o_n, T)  # (C, N)
+                k_2 = _tile(K, strides_k, i_b, i_g, t - C, o_c, o_n, T)  # (C, N)
+            i_kept = (i_b.to(tl.int64) * tl.cdiv(T, SPACED * C) + i_c // SPACED) * H
             o_token = (i_b.to(tl.int64) * T + t) * H + o_c * H
 
             dk = tl.zeros((C, N), tl.float32)
@@ -442,18 +467,6 @@ def ssd_gradients_kernel(
 
                 for i in tl.range(first, last, num_stages=2 if OVERLAP else 1, disable_licm=True):
                     i_h = i_g * R + i
-                    other_coarse, other_fine, other_coarse_sum, other_fine_sum = _decay_sums(
-                        _vector(LOG_DECAY, strides_l, i_b, i_h, t_other, o_c, T, 0.0)
-                    )
-                    other_whole = tl.exp2(other_coarse_sum + other_fine_sum)
-                    if SECOND:
-                        other_weight = (other_coarse_sum - other_coarse) + (
-                            other_fine_sum - other_fine
-                        )
-                        other_weight = tl.exp2(other_weight)
-                        other_weight *= _vector(DT, strides_d, i_b, i_h, t_other, o_c, T, 1.0)
-                    else:
-                        other_weight = tl.exp2(other_coarse + other_fine)
                     dt = _vector(DT, strides_d, i_b, i_h, t, o_c, T, 1.0)
                     coarse, fine, coarse_sum, fine_sum = _decay_sums(
                         _vector(LOG_DECAY, strides_l, i_b, i_h, t, o_c, T, 0.0)
@@ -465,22 +478,38 @@ def ssd_gradients_kernel(
                     for i_p in tl.static_range(P // BP):
                         o_p = i_p * BP + tl.arange(0, BP)
                         o_state = (i_kept + i_h) * (N * P) + o_n[:, None] * P + o_p[None, :]
-                        before = tl.load(BEFORE + o_state)  # (N, BP)
-                        after = tl.load(AFTER + o_state)  # (N, BP)
-                        if SECOND:
-                            u = _tile(X, strides_x, i_b, i_h, t_other, o_c, o_p, T)
-                            u = (u * other_weight[:, None]).to(u.dtype)
-                            moved = before * other_whole
-                            moved = tl.dot(tl.trans(other), u, moved, input_precision=PRECISION)
-                            through += tl.sum(tl.sum(moved * after, 0), 0)
-                            before = moved.to(u.dtype)
+                        before = tl.load(BEFORE + o_state).to(tl.float32)  # (N, BP)
+                        after = tl.load(AFTER + o_state).to(tl.float32)  # (N, BP)
+                        if PLACE == 0:
+                            after, _ = _move(
+                                after, k_1, DY, strides_dy, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t + 2 * C, o_c, o_p, T, True, PRECISION,
+                            )  # fmt: skip
+                            after, _ = _move(
+                                after, k_2, DY, strides_dy, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t + C, o_c, o_p, T, True, PRECISION,
+                            )  # fmt: skip
+                        elif PLACE == 1:
+                            before, _ = _move(
+                                before, k_1, X, strides_x, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t - C, o_c, o_p, T, False, PRECISION,
+                            )  # fmt: skip
+                            after, _ = _move(
+                                after, k_2, DY, strides_dy, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t + C, o_c, o_p, T, True, PRECISION,
+                            )  # fmt: skip
                         else:
-                            u = _tile(DY, strides_dy, i_b, i_h, t_other, o_c, o_p, T)
-                            u = (u * other_weight[:, None]).to(u.dtype)
-                            moved = after * other_whole
-                            moved = tl.dot(tl.trans(other), u, moved, input_precision=PRECISION)
-                            through += tl.sum(tl.sum(moved * before, 0), 0)
-                            after = moved.to(u.dtype)
+                            before, _ = _move(
+                                before, k_1, X, strides_x, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t - 2 * C, o_c, o_p, T, False, PRECISION,
+                            )  # fmt: skip
+                            before, _ = _move(
+                                before, k_2, X, strides_x, LOG_DECAY, strides_l, DT, strides_d,
+                                i_b, i_h, t - C, o_c, o_p, T, False, PRECISION,
+                            )  # fmt: skip
+                        through += tl.sum(tl.sum(before * after, 0), 0)
+                        before = before.to(k.dtype)
+                        after = after.to(k.dtype)
                         dy = _tile(DY, strides_dy, i_b, i_h, t, o_c, o_p, T)  # (C, BP)
                         dy_past = (dy * from_start[:, None]).to(dy.dtype)
                         dq = tl.dot(dy_past, tl.trans(before), dq, input_precision=PRECISION)
@@ -575,7 +604,7 @@ def ssd_op(
 
     Returns:
         y (B, T, H, P), the state after x (B, H, P, N) in float32, and the states before every
-        second chunk (B, ceil(T / 2C), H, N, P) in x's dtype; what is not wanted is empty.
+        SPACED chunks (B, ceil(T / (SPACED C)), H, N, P) in x's dtype; what is not wanted is empty.
     """
     x, b, c = (_rows_in_order(t) for t in (x, b, c))
     state = None if state is None else state.contiguous()
@@ -584,7 +613,7 @@ def ssd_op(
     y = torch.empty(B, T, H, P, dtype=x.dtype, device=x.device)
     end = x.new_empty((B, H, P, N) if wants_state else 0, dtype=torch.float32)
     chunk = CHUNK[x.element_size()]
-    kept = x.new_empty((B, triton.cdiv(T, 2 * chunk), H, N, P) if keeps else 0)
+    kept = x.new_empty((B, triton.cdiv(T, SPACED * chunk), H, N, P) if keeps else 0)
     S, segment = _segments(T, segments, chunk)
     partial = decayed = None
     if S > 1:
@@ -618,6 +647,7 @@ def ssd_op(
         N=N,
         BP=block_p,
         C=chunk,
+        SPACED=SPACED,
         PRECISION=_precision(x),
         **_launch(x),
     )
@@ -695,6 +725,7 @@ def ssd_backward_op(
         N=N,
         BP=block_p,
         C=chunk,
+        SPACED=SPACED,
         PRECISION=_precision(x),
         **_launch(x),
     )
@@ -724,6 +755,7 @@ def ssd_backward_op(
         N=N,
         BP=block_p,
         C=chunk,
+        SPACED=SPACED,
         BH=BLOCK_H,
         OVERLAP=x.element_size() == 2,
         PRECISION=_precision(x),
@@ -781,7 +813,7 @@ def _parts(
 
 def _segments(T: int, segments: int, chunk: int) -> tuple[int, int]:
     """How many segments there are, none empty, and the tokens of each but the last."""
-    segment = triton.cdiv(triton.cdiv(T, segments), 2 * chunk) * 2 * chunk
+    segment = triton.cdiv(triton.cdiv(T, segments), SPACED * chunk) * SPACED * chunk
     return triton.cdiv(T, segment), segment
 
 
@@ -807,7 +839,7 @@ def _launch(x: Tensor) -> dict[str, int]:
 def _(x, log_decay, b, c, state, dt, skip, segments, wants_state, keeps):
     B, T, H, P = x.shape
     N = b.shape[3]
-    blocks = -(-T // (2 * CHUNK[x.element_size()]))
+    blocks = -(-T // (SPACED * CHUNK[x.element_size()]))
     return (
         x.new_empty(B, T, H, P),
         x.new_empty((B, H, P, N) if wants_state else 0, dtype=torch.float32),
