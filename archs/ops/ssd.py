@@ -155,6 +155,8 @@ def ssd_triton(
     module = _kernels(x, b)
     B, T, H, P = x.shape
     chosen = plan((B, T, H, P), x.device) if chosen is None else chosen
+    if chosen.segments < 1:
+        raise ValueError(f"ssd: a plan has one segment at least, got {chosen.segments}")
     inputs = (x, log_decay, b.to(x.dtype), c.to(x.dtype), state, dt, skip)
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, end, _ = module.ssd_op(*inputs, chosen.segments, state is not None, keeps)
@@ -212,14 +214,14 @@ def ssd(
     _validate(x, log_decay, b, c, state, dt, skip)
     B, _, H, P = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    if state is None:
-        start = torch.zeros(B, H, P, b.shape[3], dtype=wide, device=x.device)
-    else:
-        start = state.to(wide)
+    state = None if state is None else state.to(wide)
     if backend == "triton":
-        return ssd_triton(x, log_decay, b, c, None if state is None else start, dt, skip, plan)
+        return ssd_triton(x, log_decay, b, c, state, dt, skip, plan)
     if plan is not None:
         raise ValueError(f"ssd: plan is for backend 'triton', got backend {backend!r}")
+    start = state
+    if start is None:
+        start = torch.zeros(B, H, P, b.shape[3], dtype=wide, device=x.device)
     if backend == "reference":
         y, end = ssd_reference(x, log_decay, b, c, start, dt, skip)
     elif backend == "torch":

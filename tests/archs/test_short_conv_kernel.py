@@ -198,11 +198,16 @@ def test_steps_do_not_touch_memory_beside_tensors():
 @interpreted
 @pytest.mark.parametrize(("T", "D", "W"), [(1, 5, 4), (2, 257, 3), (70, 3, 2)])
 def test_every_access_is_inside_the_arguments(T, D, W):
-    """Reads too, also those whose values go nowhere: counting refuses any other."""
+    """Reads too, also those whose values go nowhere: counting any other raises."""
     args = inputs(2, T, D, W)
-    traffic.count(lambda: results(args, "triton"))
+    _, counts = traffic.count(lambda: results(args, "triton"))
+    names = {f"short_conv_{name}_kernel" for name in ("forward", "backward", "total")}
+    assert set(counts.kernels) == names
     x, weight, bias, state = args.values()
-    traffic.count(lambda: kernels.short_conv_step_triton(x[:, 0], weight, bias, state, "silu"))
+    _, counts = traffic.count(
+        lambda: kernels.short_conv_step_triton(x[:, 0], weight, bias, state, "silu")
+    )
+    assert set(counts.kernels) == {"short_conv_step_kernel"}
 
 
 @interpreted

@@ -236,10 +236,14 @@ def test_memory_beside_tensors_is_neither_read_nor_written(plan, dtype):
 @pytest.mark.parametrize("plan", [Plan(1), SPLIT])
 @pytest.mark.parametrize("T", [1, 70, 130])
 def test_every_access_is_inside_the_arguments(plan, T):
-    """Reads too, also those whose values go nowhere: counting refuses any other."""
+    """Reads too, also those whose values go nowhere: counting any other raises."""
     args = inputs(1, T, 3, 16, 32)
-    traffic.count(lambda: results(args, "triton", plan))
-    traffic.count(lambda: ssd_step_triton(**token(args)))
+    _, counts = traffic.count(lambda: results(args, "triton", plan))
+    names = {f"ssd_{name}_kernel" for name in ("forward", "backward", "gradients")}
+    assert names <= set(counts.kernels)
+    assert ("ssd_fold_kernel" in counts.kernels) == (plan == SPLIT and T == 130)
+    _, counts = traffic.count(lambda: ssd_step_triton(**token(args)))
+    assert set(counts.kernels) == {"ssd_step_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -405,6 +409,12 @@ def test_other_backends_have_no_plans(backend):
         ssd(**inputs(1, 2, 1, 16, 16), plan=Plan(1), backend=backend)
 
 
+@pytest.mark.parametrize("segments", [0, -1])
+def test_a_plan_without_segments_is_refused(segments):
+    with pytest.raises(ValueError, match=f"one segment at least, got {segments}"):
+        ssd(**inputs(1, 2, 1, 16, 16), plan=Plan(segments), backend="triton")
+
+
 @pytest.mark.parametrize(
     ("shape", "segments"),
     [
@@ -425,7 +435,7 @@ def test_the_plan_is_followed(monkeypatch):
     seen = []
     monkeypatch.setattr(op, "plan", lambda shape, device: seen.append((shape, device)) or Plan(2))
     _, counts = traffic.count(lambda: ssd(**args, backend="triton"))
-    assert counts.launches == 2
+    assert (counts.launches, counts.operation_calls) == (2, 0)
     assert seen == [((1, 600, 1, 16), args["x"].device)]
     _, counts = traffic.count(lambda: ssd(**args, plan=Plan(1), backend="triton"))
     assert counts.launches == 1
