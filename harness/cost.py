@@ -130,8 +130,7 @@ def refuse_interpreter(case: Case) -> None:
     Raises:
         BackendUnavailableError: it would.
     """
-    from archs.ops import BackendUnavailableError
-    from harness.environment import interpreted
+    from archs.ops import BackendUnavailableError, interpreted
     from harness.peers import PEERS
 
     peer = PEERS.get(case.implementation)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.environment import environment, installed_version, interpreted
+from harness.environment import environment, installed_version
 from harness.worker import one_line
 
 KERNEL = """
@@ -89,6 +89,8 @@ def _cuda() -> Check:
 def _triton() -> Check:
     import torch
 
+    from archs.ops import interpreted
+
     if installed_version("triton") is None:
         return Check("Triton", False, "not installed", "pip install triton (Linux only)")
     found = f"{installed_version('triton')}"
@@ -101,6 +103,8 @@ def _triton() -> Check:
 
 
 def _interpreter() -> Check:
+    from archs.ops import interpreted
+
     if installed_version("triton") is None:
         return Check("Triton interpreter", False, "Triton is not installed", "pip install triton")
     said = "runs kernels on the CPU, slowly"
@@ -132,7 +136,7 @@ def _kernel_runs(name: str, device: str, variables: dict[str, str], good: str) -
 def _backends() -> Check:
     import torch
 
-    from archs.ops import BackendUnavailableError
+    from archs.ops import BackendUnavailableError, interpreted
     from archs.ops.ssd import ssd
     from harness.sweep import CHOICES
 

@@ -142,15 +142,6 @@ def _imports(module: str, path: Path) -> set[str]:
     return found
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for its compiler: TRITON_INTERPRET is set."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return knobs.runtime.interpret
-
-
 def installed_version(package: str) -> str | None:
     """The version of an installed package, or None."""
     try:

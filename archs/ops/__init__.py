@@ -2,8 +2,8 @@
 
 Every module `X` here holds one operation: `X_step` (the recurrence, one token), `X_reference`
 (its fold over the sequence: the definition, exact in float64), `X_torch` (vectorised PyTorch) and
-`X` (calls exactly the backend asked for). `X_kernel` holds its Triton kernels, and is imported only
-where they are asked for.
+`X` (calls exactly the backend asked for). `X_kernel` holds its Triton kernels or, where they have
+modules of their own, what launches them; it is imported only where they are asked for.
 """
 
 from difflib import get_close_matches
@@ -53,7 +53,7 @@ def kernels(operation: str, x: torch.Tensor) -> ModuleType:
         raise refusal("needs Triton, which runs on Linux: pip install triton") from None
     if x.dtype not in KERNEL_DTYPES:
         raise refusal(f"has no kernels in {str(x.dtype).removeprefix('torch.')}; use 'torch'")
-    if _interpreted():
+    if interpreted():
         if x.dtype == torch.bfloat16:
             raise refusal(
                 "in Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
@@ -61,7 +61,7 @@ def kernels(operation: str, x: torch.Tensor) -> ModuleType:
     elif not has_gpu(x):
         raise refusal(
             f"needs an NVIDIA GPU, and x is on {x.device}; use 'torch', or set TRITON_INTERPRET=1 "
-            "before Python starts, to run kernels slowly on a CPU"
+            "before Python starts, to try kernels slowly, untimed, on a CPU"
         )
     _load(operation)
     return getattr(archs.ops, f"{operation}_kernel")
@@ -72,10 +72,12 @@ def has_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for its compiler."""
-    from triton import knobs
-
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for its compiler: TRITON_INTERPRET is set."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
     return knobs.runtime.interpret
 
 
@@ -85,6 +87,6 @@ def _load(operation: str) -> None:
 
 # `torch.compile` cannot trace what these two do, and need not: their results do not change. This is
 # all that `torch.compiler.assume_constant_result` does once it has spent 2 s on its imports.
-for function in (_interpreted, _load):
+for function in (interpreted, _load):
     function._dynamo_marked_constant = True
 del function

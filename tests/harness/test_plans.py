@@ -57,7 +57,7 @@ def test_plans_of_a_later_operation_are_recorded_by_themselves(monkeypatch):
 def two_segments(monkeypatch):
     """A plan that is seen to be ours, and nothing to stop the interpreter."""
     monkeypatch.setattr(ssd, "plan", lambda shape, device: ssd.Plan(2))
-    monkeypatch.setattr("harness.environment.interpreted", lambda: False)
+    monkeypatch.setattr(cost, "refuse_interpreter", lambda case: None)
     return ssd.plan
 
 
