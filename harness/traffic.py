@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from harness.interpreter import prepared_once
+
 SECTOR_BYTES = 32  # NVIDIA, CUDA C++ Best Practices Guide, "Coalesced access to global memory"
 EXPONENTIALS = (np.exp, np.exp2)
 # Types whose arithmetic the interpreter gets wrong: it multiplies their bit patterns.
@@ -378,7 +380,7 @@ def _hooked(traffic: Traffic) -> Iterator[None]:
             "kernels are counted in Triton's interpreter: set TRITON_INTERPRET=1 before they are "
             "imported"
         )
-    with _Hooks(traffic).installed():
+    with prepared_once(), _Hooks(traffic).installed():
         yield
 
 

@@ -1,6 +1,11 @@
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
+import pytest
 import torch
+
+from harness.interpreter import prepared_once
 
 # The tensors here are small: more threads only wait for each other, and pytest-xdist's workers
 # use the cores.
@@ -10,3 +15,12 @@ torch.set_num_threads(1)
 # imported. Tests that compile kernels do so in processes of their own.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def faster_interpreter() -> Iterator[None]:
+    if find_spec("triton") is None:
+        yield
+        return
+    with prepared_once():
+        yield
