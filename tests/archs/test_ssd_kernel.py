@@ -1,5 +1,7 @@
 """SSD's Triton kernels against the fold in float64, in the interpreter where there is no GPU."""
 
+import mmap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,8 @@ from archs.ops import ssd_kernel as kernels
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 OUTPUTS = ("y", "end")
+STEP = ("x", "log_decay", "b", "c", "state", "dt", "skip")
+MAP_NORESERVE = 0x4000  # Linux; the mmap module has no name for it
 SPLIT = Plan(3)
 
 
@@ -91,6 +95,18 @@ def chunks_of_64(monkeypatch):
     monkeypatch.setitem(kernels.CHUNK, 4, 64)
 
 
+@pytest.fixture
+def chunks_of_16(monkeypatch):
+    """So many chunks, and segments, in so few tokens."""
+    monkeypatch.setitem(kernels.CHUNK, 4, 16)
+    monkeypatch.setitem(kernels.CHUNK, 2, 16)
+
+
+def segments_of(T, plan, bytes_each=4):
+    """How many segments there really are: they are rounded up to whole stretches of chunks."""
+    return kernels._segments(T, plan.segments, kernels.CHUNK[bytes_each])[0]
+
+
 @pytest.mark.parametrize("T", LENGTHS)
 def test_every_length(T, chunks_of_64):
     check(inputs(1, T, 2, 16, 16, every=T % 2 == 1))
@@ -126,20 +142,28 @@ def test_float16(T):
     check(inputs(1, T, 2, 32, 16, dtype=torch.float16))
 
 
-@pytest.mark.parametrize(("T", "segments"), [(64, 2), (129, 2), (150, 3), (200, 5), (130, 64)])
+@pytest.mark.parametrize(("T", "segments"), [(64, 2), (97, 2), (100, 3), (180, 4)])
 @pytest.mark.parametrize("every", [True, False])
-def test_segments(T, segments, every):
+def test_segments(T, segments, every, chunks_of_16):
+    assert segments_of(T, Plan(segments)) == segments
     check(inputs(1, T, 2, 16, 16, every=every), Plan(segments))
 
 
-def test_segments_of_halves_of_heads():
-    check(inputs(2, 70, 2, 128, 16), Plan(2))
+@pytest.mark.parametrize(("T", "segments"), [(100, 3), (97, 2)])
+@pytest.mark.parametrize(("H", "P", "G"), [(2, 128, 2), (4, 16, 2)])
+def test_segments_of_rows_groups_and_halves_of_heads(T, segments, H, P, G, chunks_of_16):
+    assert segments_of(T, Plan(segments)) == segments
+    check(inputs(2, T, H, P, 16, G), Plan(segments))
+
+
+def test_no_segment_is_empty():
+    assert segments_of(200, Plan(5)) == 3  # of 96, 96 and 8 tokens
+    check(inputs(1, 200, 1, 16, 16), Plan(5))
 
 
 @given(
-    B=st.integers(1, 2),
-    T=st.integers(1, 33),
-    heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    rows=st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2)]),
+    T=st.integers(1, 70),  # segments are of 48 tokens
     P=st.sampled_from([16, 32]),
     N=st.sampled_from([16, 32]),
     segments=st.integers(1, 2),
@@ -147,8 +171,8 @@ def test_segments_of_halves_of_heads():
     gradients=st.sampled_from([True, False, False]),
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_any_shape(B, T, heads, P, N, segments, options, gradients):
-    H, G = heads
+def test_any_shape(rows, T, P, N, segments, options, gradients):
+    B, H, G = rows
     args = inputs(B, T, H, P, N, G)
     for name in {"state", "dt", "skip"} - options:
         del args[name]
@@ -191,9 +215,10 @@ def test_non_contiguous_inputs():
     assert not any(others[k].is_contiguous() for k in ("x", "log_decay", "b", "c", "state", "dt"))
     expected = results(args, "triton")
     assert_same(results(others, "triton"), expected)
-    # A head's numbers apart, which the kernels do not read as they lie.
-    others["x"] = args["x"].transpose(1, 3).contiguous().transpose(1, 3)
-    assert_same(results(others, "triton"), expected)
+    for dim in (2, 3):  # heads first; and a head's numbers apart, which kernels do not read so
+        turned = {k: x.transpose(1, dim) for k, x in args.items() if k in ("x", "b", "c")}
+        others |= {k: x.contiguous().transpose(1, dim) for k, x in turned.items()}
+        assert_same(results(others, "triton"), expected)
 
 
 def test_gradients_of_a_sum():
@@ -202,6 +227,54 @@ def test_gradients_of_a_sum():
     (expected,) = torch.autograd.grad(y, args["x"], torch.ones_like(y), retain_graph=True)
     (got,) = torch.autograd.grad(y.sum(), args["x"])  # an expanded scalar
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_the_gradient_of_one_argument(name):
+    args = inputs(1, 40, 2, 16, 16)
+    expected = results(args, "triton")[f"d{name}"]
+    args[name].requires_grad_()
+    outputs = ssd(**args, backend="triton")
+    seeds = [randn(*out.shape, seed=1) for out in outputs]
+    (got,) = torch.autograd.grad(outputs, args[name], seeds)
+    assert torch.equal(got, expected)
+
+
+def test_states_are_kept_for_gradients_only(monkeypatch):
+    args = inputs(1, 40, 2, 16, 16)
+    seen, real = [], kernels.ssd_op
+    monkeypatch.setattr(kernels, "ssd_op", lambda *given: seen.append(given[-1]) or real(*given))
+    ssd(**args, backend="triton")
+    args["b"].requires_grad_()
+    ssd(**args, backend="triton")
+    with torch.no_grad():
+        ssd(**args, backend="triton")
+    assert seen == [False, True, False]
+
+
+def test_b_and_c_are_taken_in_the_type_of_x():
+    args = inputs(1, 40, 2, 16, 16, dtype=torch.float16)
+    expected = ssd(**args, backend="triton")
+    wide = {k: x.float() if k in ("b", "c") else x for k, x in args.items()}
+    for got, same in zip(ssd(**wide, backend="triton"), expected, strict=True):
+        assert torch.equal(got, same)
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [1, 2])
+def test_offsets_beyond_32_bits(dim):
+    """Tokens, or heads, so far apart that the last lies past 2^31 elements."""
+    args = inputs(1, 70, 4, 16, 16)
+    expected, _ = ssd(**args, backend="triton")
+    stride = 2**25 if dim == 1 else 2**30
+    strides = (1, stride, 16, 1) if dim == 1 else (1, 16, stride, 1)
+    elements = 1 + (args["x"].shape[dim] - 1) * stride + 70 * 64
+    # Memory that is there once it is written, and only then.
+    memory = mmap.mmap(-1, 4 * elements, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
+    x = torch.frombuffer(memory, dtype=torch.float32).as_strided(args["x"].shape, strides)
+    args["x"] = x.copy_(args["x"])
+    y, _ = ssd(**args, backend="triton")
+    assert torch.equal(y, expected)
 
 
 def test_gradients_of_the_state_alone():
@@ -219,10 +292,13 @@ def test_gradients_of_the_state_alone():
             assert relative_rms(got, exact) < 1e-6, name
 
 
-@pytest.mark.parametrize("plan", [Plan(1), SPLIT])
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_memory_beside_tensors_is_neither_read_nor_written(plan, dtype):
-    args = inputs(1, 70, 2, 128, 16, dtype=dtype)
+def test_memory_beside_tensors_is_neither_read_nor_written(segments, dtype, chunks_of_16):
+    plan = Plan(segments)
+    T = 100  # of which the second segment has 4, in the first of its three chunks
+    assert segments_of(T, plan) == segments
+    args = inputs(1, T, 2, 128, 16, dtype=dtype)
     found = []
     for some in (args, strided(args)):
         with guarded_allocations():
@@ -331,7 +407,8 @@ def test_the_future_changes_nothing(changed, plan):
 
 
 def test_repeats_give_the_same_bits():
-    args = inputs(1, 40, 1, 16, 16)
+    args = inputs(1, 130, 1, 16, 16)
+    assert segments_of(130, SPLIT) > 1
     expected = results(args, "triton", SPLIT)
     for _ in range(10):
         assert_same(results(args, "triton", SPLIT), expected)
@@ -368,6 +445,19 @@ def test_a_step_is_the_definition(missing, P):
     names = ("y", "end", *args)
     for index, values in enumerate(zip(got, plain, exact, strict=True)):
         assert_as_exact(*values, 2 if index < 2 else 3, names[index])
+
+
+def test_a_step_of_non_contiguous_inputs():
+    args = inputs(2, 3, 4, 16, 32, 2)
+    expected = ssd_step_triton(**token(args))
+    turned = {
+        k: x if k == "skip" else x.transpose(1, -1).contiguous().transpose(1, -1)
+        for k, x in token(args).items()
+    }
+    wider = {**token(args), "x": torch.cat([args["x"]] * 2, dim=-1)[:, -1, :, :16]}
+    for others in (token(strided(args)), turned, wider):
+        for got, same in zip(ssd_step_triton(**others), expected, strict=True):
+            assert torch.equal(got, same)
 
 
 def test_steps_equal_the_sequence():
@@ -420,6 +510,7 @@ def test_a_plan_without_segments_is_refused(segments):
     [
         ((8, 4096, 64, 64), 1),
         ((16, 2048, 64, 64), 1),
+        ((1, 32768, 132, 64), 1),
         ((1, 32768, 64, 64), 9),
         ((1, 32768, 80, 128), 1),  # two programs a head
         ((1, 8192, 8, 64), 8),  # of 1,024 tokens
@@ -459,9 +550,6 @@ def test_operations_keep_pytorchs_rules(every):
     )
     if every:
         torch.library.opcheck(ops.ssd_step.default, tuple(token(args)[k] for k in STEP))
-
-
-STEP = ("x", "log_decay", "b", "c", "state", "dt", "skip")
 
 
 def test_torch_compile_needs_no_graph_break():
