@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archs.block import Block, BlockConfig, BlockOutput, Carry, recurrent_dtype
-from archs.ops import Backend, no_such_backend
-from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step
+from archs.ops import Backend
+from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step, wkv7_step_triton
 
 CARRY = "rwkv7"  # the carry's key of v_first, (B, T, D) in forward and (B, D) in step
 
@@ -247,9 +247,7 @@ class RWKV7Block(Block):
         return self._run(x, state, carry)
 
     def step(self, x: Tensor, state: RWKV7State, carry: Carry | None = None) -> BlockOutput:
-        """Run one token x (B, D) from `state`: the recurrence itself, on either backend."""
-        if self.backend == "triton":
-            raise no_such_backend("rwkv7 step", self.backend)
+        """Run one token x (B, D) from `state`: the recurrence itself, on every backend."""
         return self._run(x, state, carry)
 
     def init_state(
@@ -318,7 +316,10 @@ class RWKV7Block(Block):
         r, decay_logits, k, v, kappa, rate, _ = projected
         if r.ndim == 3:
             assert state is not None
-            return wkv7_step(r, log_decay_of(decay_logits), k, v, -kappa, kappa * rate, state)
+            inputs = k, v, -kappa, kappa * rate, state
+            if self.backend == "triton":
+                return wkv7_step_triton(r, decay_logits, *inputs)
+            return wkv7_step(r, log_decay_of(decay_logits), *inputs)
         return self.operation(
             r,
             None,

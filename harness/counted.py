@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archs.ops import ssd
+from archs.ops.plan import Plan
 from archs.ops.short_conv import short_conv
 from harness import peers
 from harness.peer_calls import MAMBA_CHUNK
@@ -33,9 +33,9 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
 }
 # The variant of our kernels at each shape; and shapes for other variants alone, forward.
-PLANS: dict[str, dict[str, Any]] = {"ssd": {"plan": ssd.Plan(1)}}
+PLANS: dict[str, dict[str, Any]] = {"ssd": {"plan": Plan(1)}, "wkv7": {"plan": Plan(1)}}
 VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
-    "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": ssd.Plan(4)}),),
+    "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": Plan(4)}),),
 }
 OURS: dict[str, Callable[..., Any]] = {**peers.OUR_OPERATIONS, "short_conv": short_conv}
 # Peers made of Triton kernels, which the interpreter runs, or of PyTorch operations. What a fused

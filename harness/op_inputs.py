@@ -20,7 +20,7 @@ from archs.ops.attention import attention
 from archs.ops.long_conv import long_conv, long_conv_step
 from archs.ops.short_conv import short_conv
 from archs.ops.ssd import ssd, ssd_step, ssd_step_triton
-from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step
+from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step, wkv7_step_triton
 from archs.rwkv7 import RWKV7Config
 from archs.transformer import TransformerConfig
 
@@ -309,7 +309,9 @@ class WKV7Op(Op):
     def step(
         self, token: Tensors, backend: Backend, operation: Operation | None = None
     ) -> tuple[Tensor, ...]:
-        """The recurrence, on either backend; it is no call of `wkv7`."""
+        """The recurrence; it is no call of `wkv7`."""
+        if backend == "triton":
+            return wkv7_step_triton(**token)
         fold_steps_only("rwkv7 step", backend)
         others = {name: x for name, x in token.items() if name != "decay_logits"}
         return wkv7_step(log_decay=log_decay_of(token["decay_logits"]), **others)

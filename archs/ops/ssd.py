@@ -11,7 +11,7 @@ share b and c; Q chunk length, M matrices in a batched product.
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +19,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops.plan import Plan, segments_that_fill
 
 CHUNK = 64  # Q: the fastest of 32, 64 and 128 measured on an AVX-512 CPU at P = N = 64
 BLOCK = 8  # tokens in a block of `_pairwise_decay`; divides every chunk
 SEGMENT_SIZE = 2**20  # elements of a working tensor on a CPU; the fastest of 2**17 to 2**22 there
 
 KERNEL_SIZES = (16, 32, 64, 128)  # of P and N in the Triton kernels
-H100_MULTIPROCESSORS = 132
-
-
-class Plan(NamedTuple):
-    """Which variant of the Triton kernels runs."""
-
-    segments: int = 1  # parts of the sequence that run side by side; 1: one pass
 
 
 def plan(shape: tuple[int, int, int, int], device: torch.device | str) -> Plan:
-    """The plan for x of a shape (B, T, H, P): segments where heads alone leave the GPU idle.
-
-    One pass has a program a head (two at P = 128), and a multiprocessor runs one at a time.
-    Segments read x once more: worth it where there are fewer programs than multiprocessors, in as
-    many segments as make four programs a multiprocessor, of 1,024 tokens at least. Arithmetic, not
-    measured. On a CPU (in Triton's interpreter) as for an H100.
-    """
+    """The plan for x of a shape (B, T, H, P): one pass has a program a head, two at P = 128."""
     B, T, H, P = shape
-    device = torch.device(device)
-    multiprocessors = H100_MULTIPROCESSORS
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = B * H * max(1, P // 64)
-    if programs >= multiprocessors:
-        return Plan(1)
-    return Plan(max(1, min(-(-4 * multiprocessors // programs), T // 1024)))
+    return segments_that_fill(B * H * max(1, P // 64), T, device)
 
 
 def ssd_step(

@@ -11,6 +11,7 @@ the in-context learning rate.) Letters: B batch, T tokens, H heads, K key and V 
 C tokens in a chunk, N chunks of all heads and batch rows computed at once.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops.plan import Plan, segments_that_fill
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): RWKV-7's log decays lie above minus this
 
@@ -29,6 +31,14 @@ IN_FLIGHT = 64
 IN_FLIGHT_GPU = 2048  # an estimate: enough to fill a GPU, and under 2 GB in all
 # exp(-20) = 2e-9 is nothing beside float32's 6e-8, and exp(20 * CHUNK) still fits float64.
 LOG_DECAY_FLOOR = -20.0
+
+KERNEL_SIZES = (16, 32, 64, 128)  # of K = V in the Triton kernels
+
+
+def plan(shape: tuple[int, int, int, int], device: torch.device | str) -> Plan:
+    """The plan for r of a shape (B, T, H, K): one pass has a program a head."""
+    B, T, H, _ = shape
+    return segments_that_fill(B * H, T, device)
 
 
 def wkv7_step(
@@ -84,6 +94,46 @@ def wkv7_torch(
     return _ChunkedWKV7.apply(r, log_decay.clamp(min=LOG_DECAY_FLOOR), k, v, a, b, state)
 
 
+def wkv7_triton(
+    r: Tensor,
+    decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    *,
+    logits: bool,
+    chosen: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Our Triton kernels; arguments as `wkv7`, decay its log_decay or decay_logits."""
+    module = _kernels(r, v)
+    B, T, H, K = r.shape
+    chosen = plan((B, T, H, K), r.device) if chosen is None else chosen
+    if chosen.segments < 1:
+        raise ValueError(f"wkv7: a plan has one segment at least, got {chosen.segments}")
+    k, v, a, b = (x.to(r.dtype) for x in (k, v, a, b))
+    inputs = (r, decay, k, v, a, b, state)
+    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, end, _ = module.wkv7_op(*inputs, logits, chosen.segments, keeps)
+    return y, None if state is None else end
+
+
+def wkv7_step_triton(
+    r: Tensor,
+    decay_logits: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`wkv7_step` of `log_decay_of(decay_logits)` as one Triton kernel; state in float32."""
+    module = _kernels(r, v)
+    k, v, a, b = (x.to(r.dtype) for x in (k, v, a, b))
+    return module.wkv7_step_op(r, decay_logits, k, v, a, b, state, True)
+
+
 def wkv7(
     r: Tensor,
     log_decay: Tensor | None,
@@ -94,6 +144,7 @@ def wkv7(
     state: Tensor | None = None,
     *,
     decay_logits: Tensor | None = None,
+    plan: Plan | None = None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor | None]:
     """WKV-7: a recurrence with a decay a channel and a rank-one correction of the state.
@@ -107,7 +158,9 @@ def wkv7(
         b: (B, T, H, K), what the removed value is written along.
         state: (B, H, K, V), the state before r; None means zeros.
         decay_logits: (B, T, H, K): log_decay = -exp(-1/2) * sigmoid(decay_logits).
-        backend: "reference" or "torch".
+        plan: the variant of the Triton kernels; None means what `archs.ops.wkv7.plan` chooses.
+        backend: "reference", "torch" or "triton" (K = V of 16, 32, 64 or 128; for its
+            precision see `archs.ops.wkv7_kernel`).
 
     Returns:
         y (B, T, H, V) in r's dtype, and the state after r exactly when one was passed in, in
@@ -115,13 +168,21 @@ def wkv7(
 
     Raises:
         ValueError: shapes do not fit, both or neither of log_decay and decay_logits are given, or
-            the backend is unknown.
+            the backend is unknown, or has no plans.
         BackendUnavailableError: the backend cannot run here.
     """
     if (log_decay is None) == (decay_logits is None):
         raise ValueError("wkv7: give either log_decay or decay_logits, and None for the other")
     _validate(r, log_decay, k, v, a, b, state, decay_logits)
     wide = torch.promote_types(r.dtype, torch.float32)
+    if backend == "triton":
+        decay = log_decay if decay_logits is None else decay_logits
+        assert decay is not None
+        state = None if state is None else state.to(wide)
+        logits = log_decay is None
+        return wkv7_triton(r, decay, k, v, a, b, state, logits=logits, chosen=plan)
+    if plan is not None:
+        raise ValueError(f"wkv7: plan is for backend 'triton', got backend {backend!r}")
     if decay_logits is not None:
         log_decay = log_decay_of(decay_logits.to(wide))
     assert log_decay is not None
@@ -339,6 +400,17 @@ def _join(chunks: Tensor, out: Tensor) -> None:
 def _by_time(chunks: Tensor, S: Tensor) -> tuple[Tensor, ...]:
     """(N, ...) -> n times (B H, ...), by time; S (B H, K, V)."""
     return chunks.unflatten(0, (-1, len(S))).unbind(0)
+
+
+def _kernels(r: Tensor, v: Tensor) -> ModuleType:
+    """The module of the Triton kernels, for r (..., K) and v (..., V)."""
+    K, V = r.shape[-1], v.shape[-1]
+    if K != V or K not in KERNEL_SIZES:
+        raise BackendUnavailableError(
+            "wkv7: backend 'triton' has kernels for K = V of 16, 32, 64 and 128, and got "
+            f"K = {K}, V = {V}; use 'torch'"
+        )
+    return kernels("wkv7", r)
 
 
 def _validate(

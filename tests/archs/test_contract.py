@@ -18,7 +18,7 @@ MAX_LEN = 1024
 SMALL = {
     "transformer": {"head_dim": 8, "kv_heads": 2},
     "mamba2": {"head_dim": 16, "d_state": 16},
-    "rwkv7": {"head_dim": 8, "decay_rank": 4, "rate_rank": 4, "value_rank": 4, "gate_rank": 4},
+    "rwkv7": {"head_dim": 16, "decay_rank": 4, "rate_rank": 4, "value_rank": 4, "gate_rank": 4},
     "hyena": {"filter_width": 16},
 }
 # Variants run through the same tests: each exercises a code path of its own.
@@ -34,7 +34,11 @@ VARIANTS = {
 # Those in which a library's operation stands in for ours, where the backend is not the reference.
 PEERS = {"transformer-sdpa-math": "sdpa-math", "mamba2-ssd-minimal": "ssd-minimal"}
 BACKENDS = ("reference", "torch", "triton")
-BUILT = ("mamba2", "mamba2-groups")  # the variants whose operations all have Triton kernels
+BUILT = (
+    "mamba2",
+    "mamba2-groups",
+    "rwkv7",
+)  # the variants whose operations all have Triton kernels
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
 HYBRID = "mamba2+transformer+rwkv7+hyena+rwkv7"
 BY_FFT = ("hyena", "hyena-order-3", "hybrid")  # exact to rounding only

@@ -40,7 +40,8 @@ def test_each_architecture_has_a_hash_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("kernels", "archs"), [("ssd", {"mamba2"}), ("short_conv", {"mamba2", "hyena"})]
+    ("kernels", "archs"),
+    [("ssd", {"mamba2"}), ("wkv7", {"rwkv7"}), ("short_conv", {"mamba2", "hyena"})],
 )
 def test_the_hash_of_a_kernel_s_time_covers_the_kernels(kernels, archs, tmp_path, monkeypatch):
     def hashes():

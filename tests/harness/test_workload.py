@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import archs
-from archs import mamba2
+from archs import mamba2, rwkv7
 from archs.block import tensor_bytes
 from archs.ops import BackendUnavailableError
 from harness import op_inputs, workload
@@ -259,13 +259,17 @@ def test_an_unbuilt_backend_raises(arch, phase):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
-def test_the_step_of_a_kernel_is_fed_what_its_block_feeds_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("arch", "block_module", "step"),
+    [("mamba2", mamba2, "ssd_step_triton"), ("rwkv7", rwkv7, "wkv7_step_triton")],
+)
+def test_the_step_of_a_kernel_is_fed_what_its_block_feeds_it(arch, block_module, step, monkeypatch):
     fed = []
-    for level, module in (("block", mamba2), ("op", op_inputs)):
+    for level, module in (("block", block_module), ("op", op_inputs)):
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, "ssd_step_triton", recording(module.ssd_step_triton, calls))
-            asked = case("mamba2", level, "decode", dtype="float16", backend="triton")
+            patch.setattr(module, step, recording(getattr(module, step), calls))
+            asked = case(arch, level, "decode", dtype="float16", backend="triton")
             workload.build(asked).function()
         fed.append(calls)
     block, op = fed
