@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from archs.ops.wkv7_forward_kernel import (
+    decays,
     earlier,
     first_token,
     inverse,
@@ -46,8 +47,8 @@ def wkv7_backward_fold_kernel(
         m_tile = (t + o_c < T)[:, None]
         i_token = first_token(i_b, i_h, t, T, H, N)
         decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-        decayed = tl.cumsum(decay, 0)
-        dstate *= tl.exp2(tl.sum(decay, 0))[:, None]
+        decayed, whole = decays(decay, PRECISION)
+        dstate *= whole[:, None]
         b = scaled(B + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
         a = scaled(A + i_token, o_tile, m_tile, tl.exp2(decayed - decay), DOT)
         r = scaled(R + i_token, o_tile, m_tile, tl.exp2(decayed), DOT)
@@ -129,7 +130,7 @@ def wkv7_backward_kernel(
             i_token = first_token(i_b, i_h, t, T, H, N)
             tl.store(STATES + (i_own + j) * (N * N) + o_state, state.to(DOT))
             decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-            decayed = tl.cumsum(decay, 0)
+            decayed, whole = decays(decay, PRECISION)
             b = scaled(B + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
             k = scaled(K + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
             a = scaled(A + i_token, o_tile, m_tile, tl.exp2(decayed - decay), DOT)
@@ -144,7 +145,7 @@ def wkv7_backward_kernel(
             tl.store(US + (i_own + j) * (C * N) + o_chunk, u)
             state = tl.dot(tl.trans(b), u, state, input_precision=PRECISION)
             state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
-            state *= tl.exp2(tl.sum(decay, 0))[:, None]
+            state *= whole[:, None]
         tl.debug_barrier()
 
         for i_back in tl.range(0, chunks, num_stages=1, disable_licm=True):
@@ -155,8 +156,8 @@ def wkv7_backward_kernel(
             u = tl.load(US + (i_own + j) * (C * N) + o_chunk)
             solve = tl.load(SOLVES + (i_own + j) * (C * C) + o_pairs)
             decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-            decayed = tl.cumsum(decay, 0)
-            dstate *= tl.exp2(tl.sum(decay, 0))[:, None]
+            decayed, whole = decays(decay, PRECISION)
+            dstate *= whole[:, None]
             dstate_low = dstate.to(DOT)
             tl.store(DSTATES + (i_own + j) * (N * N) + o_state, dstate_low)
             b = scaled(B + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
@@ -185,7 +186,7 @@ def wkv7_backward_kernel(
             m_tile = (t + o_c < T)[:, None]
             i_token = first_token(i_b, i_h, t, T, H, N)
             decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-            decayed = tl.cumsum(decay, 0)
+            decayed, _ = decays(decay, PRECISION)
             s = tl.load(STATES + (i_own + j) * (N * N) + o_state)
             ds = tl.load(DSTATES + (i_own + j) * (N * N) + o_state)
             u = tl.load(US + (i_own + j) * (C * N) + o_chunk)

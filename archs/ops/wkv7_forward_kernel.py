@@ -30,6 +30,20 @@ def log2_decay(DECAY, o_tile, m_tile, LOGITS: tl.constexpr):
 
 
 @triton.jit
+def decays(log2, PRECISION: tl.constexpr):
+    """Sums of log-decays (C, N), up to and with each token, and the decay over all of them (N,)."""
+    if PRECISION == "tf32x3":  # multiples of 2^-10, which add up without rounding, and the rest
+        coarse = tl.floor(log2 * 1024.0) * 0.0009765625
+        fine = log2 - coarse
+        decayed = tl.cumsum(coarse, 0) + tl.cumsum(fine, 0)
+        whole = tl.exp2(tl.sum(coarse, 0)) * tl.exp2(tl.sum(fine, 0))
+    else:
+        decayed = tl.cumsum(log2, 0)
+        whole = tl.exp2(tl.sum(log2, 0))
+    return decayed, whole
+
+
+@triton.jit
 def scaled(X, o_tile, m_tile, by, DOT: tl.constexpr):
     """Tokens (C, N) of one head of X times `by`, 0 after the last, as products take them."""
     return (tl.load(X + o_tile, m_tile, other=0.0).to(tl.float32) * by).to(DOT)
@@ -106,7 +120,7 @@ def wkv7_fold_kernel(
         m_tile = (t + o_c < T)[:, None]
         i_token = first_token(i_b, i_h, t, T, H, N)
         decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-        decayed = tl.cumsum(decay, 0)
+        decayed, whole = decays(decay, PRECISION)
         b = scaled(B + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
         k = scaled(K + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
         a = scaled(A + i_token, o_tile, m_tile, tl.exp2(decayed - decay), DOT)
@@ -118,7 +132,7 @@ def wkv7_fold_kernel(
         u = tl.dot(inverse(ab, o_c, C, PRECISION), u, input_precision=PRECISION).to(DOT)
         state = tl.dot(tl.trans(b), u, state, input_precision=PRECISION)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
-        state *= tl.exp2(tl.sum(decay, 0))[:, None]
+        state *= whole[:, None]
     i_moved = ((i_b.to(tl.int64) * S + i_s) * H + i_h) * 2 + i_part
     tl.store(MOVED + i_moved * (N * N) + o_n[:, None] * N + o_n[None, :], state)
 
@@ -162,7 +176,7 @@ def wkv7_forward_kernel(
         m_tile = (t + o_c < T)[:, None]
         i_token = first_token(i_b, i_h, t, T, H, N)
         decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
-        decayed = tl.cumsum(decay, 0)
+        decayed, whole = decays(decay, PRECISION)
         b = scaled(B + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)  # (C, N), as all of these
         k = scaled(K + i_token, o_tile, m_tile, tl.exp2(-decayed), DOT)
         a = scaled(A + i_token, o_tile, m_tile, tl.exp2(decayed - decay), DOT)
@@ -181,7 +195,7 @@ def wkv7_forward_kernel(
         tl.store(Y + i_token + o_tile, y.to(Y.dtype.element_ty), m_tile)
         state = tl.dot(tl.trans(b), u, state, input_precision=PRECISION)
         state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
-        state *= tl.exp2(tl.sum(decay, 0))[:, None]
+        state *= whole[:, None]
     if END is not None and i_s == S - 1:
         tl.store(END + (i_b.to(tl.int64) * H + i_h) * (N * N) + o_state, state)
 

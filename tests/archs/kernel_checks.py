@@ -33,15 +33,20 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def relative_rms(got: Tensor, exact: Tensor) -> float:
-    """0 where both are zero."""
-    scale = exact.double().square().mean().sqrt().clamp_min(1e-300)
-    return ((got.double() - exact).square().mean().sqrt() / scale).item()
+def relative_rms(got: Tensor, exact: Tensor, terms: Tensor | None = None) -> float:
+    """Relative to `exact`, or to `terms` where these are larger; 0 where all are zero."""
+    scale = max(rms(exact), 1e-300 if terms is None else rms(terms), 1e-300)
+    return rms(got.double() - exact) / scale
 
 
-def relative_max(got: Tensor, exact: Tensor) -> float:
-    """The largest error over the largest value; 0 where both are zero."""
-    return ((got.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
+def relative_max(got: Tensor, exact: Tensor, terms: Tensor | None = None) -> float:
+    """The largest error over the largest value or term; 0 where all are zero."""
+    sizes = [x.abs().max().item() for x in (exact, terms) if x is not None]
+    return (got.double() - exact).abs().max().item() / max(*sizes, 1e-300)
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
 
 
 def assert_as_exact(
@@ -51,20 +56,22 @@ def assert_as_exact(
     factor: float,
     name: str,
     dtype: torch.dtype | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """A kernel's error is at most `factor` times that of plain PyTorch in the same type.
 
-    `dtype` is that of the main inputs, where a result in a wider type has their rounding in it.
+    `dtype` is that of the main inputs, where a result in a wider type has their rounding in it;
+    `terms` is what the result is a difference of, where that may vanish.
     """
     dtype = dtype or got.dtype
     assert got.dtype == plain.dtype, name
     assert got.shape == plain.shape == exact.shape, name
     few = got.numel() < FEW
     luck = (LUCK_OF_FEW if few else LUCK) * torch.finfo(dtype).eps
-    error, allowed = relative_rms(got, exact), relative_rms(plain, exact)
+    error, allowed = (relative_rms(x, exact, terms) for x in (got, plain))
     assert error <= factor * allowed + luck, (name, error, allowed)
     assert few or error <= CAPS[dtype], (name, error)
-    error, allowed = relative_max(got, exact), relative_max(plain, exact)
+    error, allowed = (relative_max(x, exact, terms) for x in (got, plain))
     assert error <= factor * allowed + luck, (name, "max", error, allowed)
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from rwkv7_hf.ops_rwkv7 import rwkv7_recurrent
 from torch import Tensor
 
-from archs.ops import BackendUnavailableError
 from archs.ops import wkv7 as module
 from archs.ops.wkv7 import (
     DECAY_BOUND,

@@ -101,7 +101,22 @@ def check(args, plan=None, logits=True, gradients=True):
     assert got.keys() == exact.keys()
     for name in exact:
         factor = 2 if name in OUTPUTS else 3
-        assert_as_exact(got[name], plain[name], exact[name], factor, name, args["r"].dtype)
+        terms = read_terms(args, exact["dr"], logits) if name == "ddecay" else None
+        values = got[name], plain[name], exact[name]
+        assert_as_exact(*values, factor, name, args["r"].dtype, terms)
+
+
+def read_terms(args, dr, logits):
+    """What a log-decay's gradient is the sum of, by r, less what was written by its token.
+
+    The difference vanishes where only one token is read and written: without a state before it.
+    """
+    terms = args["r"].double() * dr
+    if not logits:
+        return terms
+    decay = args["decay"].double().requires_grad_()
+    (slope,) = torch.autograd.grad(log_decay_of(decay).sum(), decay)
+    return terms * slope
 
 
 def assert_same(got, expected):
@@ -126,7 +141,7 @@ def test_every_length(T):
     check(inputs(1, T, 2, 32, state=T % 2 == 1))
 
 
-@pytest.mark.parametrize("N", [32, 64, 128])
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("logits", [True, False])
 def test_every_size(N, logits):
     check(inputs(2, 70, 2, N, logits=logits), logits=logits)
@@ -170,7 +185,7 @@ def test_no_segment_is_empty():
 @given(
     rows=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
     T=st.integers(1, 70),
-    N=st.sampled_from([32, 64]),
+    N=st.sampled_from([16, 32]),
     segments=st.integers(1, 3),
     state=st.booleans(),
     logits=st.booleans(),
@@ -432,7 +447,7 @@ def token(args):
     return [x if k == "state" else x[:, -1] for k, x in args.items()]
 
 
-@pytest.mark.parametrize("N", [32, 64, 128])
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
 def test_a_step_is_the_definition(N):
     args = token(inputs(3, 2, 4, N))
 
@@ -595,7 +610,7 @@ def test_flops_are_those_of_the_recurrence():
 @pytest.mark.parametrize("T", [1, 65, 1025])
 @pytest.mark.parametrize("segments", [1, 4])
 def test_on_a_gpu(T, dtype, segments):
-    for N in (32, 64, 128):
+    for N in (16, 32, 64, 128):
         args = inputs(2, T, 4, N, dtype=dtype)
         check(args, Plan(segments))
     expected = results(args, "triton", Plan(segments))
