@@ -438,6 +438,7 @@ def test_signature_is_that_of_the_design():
         "b",
         "state",
         "decay_logits",
+        "plan",
         "backend",
     ]
     assert parameters["state"].default is None

@@ -21,7 +21,8 @@ ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
     ("level", "phase"), [(level, phase) for level in sweep.PHASES for phase in sweep.PHASES[level]]
 )
 @pytest.mark.parametrize(
-    ("arch", "backend"), [*((arch, "torch") for arch in ARCHS), ("mamba2", "triton")]
+    ("arch", "backend"),
+    [*((arch, "torch") for arch in ARCHS), ("mamba2", "triton"), ("rwkv7", "triton")],
 )
 def test_every_cell_is_right_on_the_gpu(arch, backend, level, phase, dtype):
     decode = phase == "decode"
