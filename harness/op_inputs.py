@@ -288,7 +288,9 @@ class WKV7Op(Op):
 
     def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, N)."""
-        return (operation or wkv7)(**inputs, log_decay=None, backend=backend)[0]
+        if operation is not None:
+            return operation(**inputs, log_decay=None, backend=backend)[0]
+        return wkv7(**inputs, log_decay=None, plan=None, backend=backend)[0]
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """The fold from the state that `torch` reaches."""
@@ -296,8 +298,8 @@ class WKV7Op(Op):
         r, v = before["r"], before["v"]
         start = r.new_zeros(r.shape[0], *r.shape[2:], v.shape[3])
         with torch.no_grad():
-            _, state = wkv7(**before, log_decay=None, state=start, backend="torch")
-        y, _ = wkv7(**last, log_decay=None, state=state, backend="reference")
+            _, state = wkv7(**before, log_decay=None, state=start, plan=None, backend="torch")
+        y, _ = wkv7(**last, log_decay=None, state=state, plan=None, backend="reference")
         return last, y
 
     def token(self, B: int, position: int, randn: Randn) -> Tensors:

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU: what works here, the tests of our kernels, those of the
-# harness, SSD's plans, every operation beside libraries' (--peers all: those that are installed),
-# the cost sweep. Run it again to resume. No step takes over nine minutes; a queue of short jobs runs
-# one of PARTS a job. Needs what `pip install .[test]` installs; pytest's plug-ins may be missing.
+# harness, the plans of SSD and WKV-7, every operation beside libraries' (--peers all: those that are
+# installed), the cost sweep. Run it again to resume. No step takes over nine minutes; a queue of
+# short jobs runs one of PARTS a job. Needs what `pip install .[test]` installs; pytest's plug-ins may
+# be missing.
 #
 #   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, tests.txt, plans.txt, ops.jsonl,
 #                                   cost.jsonl, figures
@@ -20,7 +21,11 @@ for part in $parts; do
   case $part in
     kernels) timeout 480 $pytest tests/archs/test_*_kernel.py 2>&1 | tee "$out/kernels.txt" ;;
     tests) timeout 480 $pytest tests/harness 2>&1 | tee "$out/tests.txt" ;;
-    plans) timeout 300 $python tests/benchmarks/gpu_plans.py 2>&1 | tee "$out/plans.txt" ;;
+    plans)
+      for op in ssd wkv7; do
+        timeout 250 $python tests/benchmarks/gpu_plans.py --op $op 2>&1
+      done | tee "$out/plans.txt"
+      ;;
     cost)
       timeout 330 $python -m harness cost --preset h100 --time-limit 60 --out "$out/cost"
       $python -m harness export "$out/cost" "$out/cost.jsonl"

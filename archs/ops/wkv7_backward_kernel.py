@@ -153,7 +153,6 @@ def wkv7_backward_kernel(
             t = begin + j * C
             m_tile = (t + o_c < T)[:, None]
             i_token = first_token(i_b, i_h, t, T, H, N)
-            u = tl.load(US + (i_own + j) * (C * N) + o_chunk)
             solve = tl.load(SOLVES + (i_own + j) * (C * C) + o_pairs)
             decay = log2_decay(DECAY + i_token, o_tile, m_tile, LOGITS)
             decayed, whole = decays(decay, PRECISION)

@@ -32,12 +32,12 @@ def commands(tmp_path, **variables):
 def test_our_kernels_are_tested_before_anything_is_timed(tmp_path):
     said = commands(tmp_path, TRITON_INTERPRET="1")
     _, first, *later = re.findall(r"^unset (.*)", said, re.M)
-    for name in ("short_conv", "ssd"):
+    for name in ("short_conv", "ssd", "wkv7"):
         if (ROOT / f"tests/archs/test_{name}_kernel.py").exists():
             assert f"tests/archs/test_{name}_kernel.py" in first
     # Without the project's options, which name plug-ins.
     assert "-m pytest -o addopts= -m gpu" in first
-    assert [name for line in later for name in PARTS if f"--op {name} " in line] == [
+    assert [name for line in later for name in PARTS if f"--peers all --op {name} " in line] == [
         "attention", "ssd", "wkv7", "long_conv",
     ]  # fmt: skip
     assert "--preset h100 " in said
