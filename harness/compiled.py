@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
-
-from harness.pretend import tile_size
 
 TENSOR_CORE = re.compile(r"[HIQ]MMA|[HIQ]GMMA|UTC\w*MMA")
 ASYNCHRONOUS = {90: re.compile(r"[HIQ]GMMA"), 100: re.compile(r"UTC\w*MMA")}
@@ -50,6 +49,7 @@ MULTIPROCESSORS = {
 REGISTERS_ALLOCATED = 256  # a warp's come in multiples of this
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*)")
 MANY_FFMA = 32  # in loops: a matrix product by hand, or one that lost its tensor cores
+DEFAULT_WARPS = 4  # Triton's: a warp group, which the H100's own matrix instructions need
 LABEL = re.compile(r"^\s*(\.L\w+):")
 DOT = re.compile(r"tt\.dot\b.*")
 
@@ -83,7 +83,8 @@ def compile_launches(function: Callable[[], object], arch: int) -> list[Compiled
     """Every different kernel configuration that a call on CPU tensors launches, in order.
 
     The results of the call are not computed. Of an autotuned kernel it is the configuration with
-    the largest tiles that fits. Code that asks about the GPU needs `harness.pretend.gpu` around it.
+    the largest tiles that fits, among equals with four warps or near. Code that asks about the GPU
+    needs `harness.pretend.gpu` around it.
 
     Args:
         function: launches the kernels.
@@ -99,22 +100,39 @@ def compile_launches(function: Callable[[], object], arch: int) -> list[Compiled
     ]
 
 
-class _Target:
+class Target:
     """Stands in for the driver of a GPU: enough to specialise and compile, not to launch."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
+        answers = {"max_shared_mem": MULTIPROCESSORS[arch].shared_of_a_program}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: answers)
 
     def get_current_target(self) -> Any:
+        """What is compiled for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
+        """The architecture: Triton keeps what it compiled by device."""
+        return self.arch
 
     def get_current_stream(self, device: int) -> int:
+        """The default one."""
         return 0
+
+
+def tile_size(config: Any) -> int:
+    """The product of a configuration's tile sizes."""
+    product = 1
+    for value in config.kwargs.values():
+        product *= value if isinstance(value, int) else 1
+    return product
+
+
+def _preference(config: Any) -> tuple[int, int]:
+    return tile_size(config), -abs(config.num_warps - DEFAULT_WARPS)
 
 
 @contextmanager
@@ -132,7 +150,7 @@ def _launches_compiled(arch: int, kernels: list[Any]) -> Iterator[None]:
 
     def largest_that_fits(self: Any, *args: Any, **kwargs: Any) -> None:
         before = len(kernels)
-        for config in sorted(self.configs, key=tile_size, reverse=True):
+        for config in sorted(self.configs, key=_preference, reverse=True):
             del kernels[before:]
             self.best_config = config  # the host may read it
             self.fn.run(*args, **kwargs, **config.all_kwargs())
@@ -140,7 +158,7 @@ def _launches_compiled(arch: int, kernels: list[Any]) -> Iterator[None]:
                 break
 
     with (
-        patch.object(driver, "_active", _Target(arch)),
+        patch.object(driver, "_active", Target(arch)),
         patch.object(JITFunction, "run", compile_only),
         patch.object(Autotuner, "run", largest_that_fits),
     ):

@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
 OURS: dict[str, Callable[..., Any]] = {**peers.OUR_OPERATIONS, "short_conv": short_conv}
 # Peers made of Triton kernels, which the interpreter runs, or of PyTorch operations. What a fused
 # CUDA kernel moves inside cannot be seen.
-KERNEL_PEERS = {"ssd": ("mamba_ssm",)}
+KERNEL_PEERS = {"ssd": ("mamba_ssm",), "wkv7": ("fla",)}
 TENSOR_PEERS = {
     "attention": ("sdpa-math",),
     "ssd": ("ssd-minimal",),
@@ -233,4 +233,9 @@ def _mamba_ssm(inputs: Tensors) -> Kernels:
     return leaves, call, ours
 
 
-KERNEL_CALLS: dict[str, Callable[[Tensors], Kernels]] = {"mamba_ssm": _mamba_ssm}
+def _fla(inputs: Tensors) -> Kernels:
+    """fla's, with the log-decay formed from logits before it: our operation on the same inputs."""
+    return inputs, partial(_theirs, "fla"), partial(_ours, "wkv7", "torch")
+
+
+KERNEL_CALLS: dict[str, Callable[[Tensors], Kernels]] = {"mamba_ssm": _mamba_ssm, "fla": _fla}

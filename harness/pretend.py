@@ -1,5 +1,6 @@
 """Stand-ins for a GPU on a machine without one, for code that asks about it before it launches."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import torch
 
 import archs.ops
+from harness.compiled import MULTIPROCESSORS, Target, tile_size
 
 # Multiprocessors, L2 and memory of A100 SXM, H100 SXM and B200 (NVIDIA's architecture papers).
 PROPERTIES = {
@@ -21,11 +23,15 @@ ARCHS = tuple(PROPERTIES)
 
 @contextmanager
 def gpu(arch: int) -> Iterator[None]:
-    """Meanwhile `torch.cuda` describes a GPU of compute capability arch / 10; nothing runs on it.
+    """Meanwhile `torch.cuda` and Triton describe a GPU of compute capability arch / 10.
+
+    Nothing runs on it. A library that asks when it is imported should be imported meanwhile.
 
     Kernels' tensors stay on the CPU. Autotuned kernels have one configuration, that with the
     largest tiles: nothing can be timed, and it reads its inputs again least often.
     """
+    from triton.runtime import driver
+
     multiprocessors, l2_bytes, memory = PROPERTIES[arch]
     capability = divmod(arch, 10)
     described = SimpleNamespace(
@@ -38,6 +44,7 @@ def gpu(arch: int) -> Iterator[None]:
         warp_size=32,
     )
     answers = {
+        "device_count": lambda: 1,
         "device": lambda *_: nullcontext(),
         "get_device_properties": lambda *_: described,
         "get_device_capability": lambda *_: capability,
@@ -46,6 +53,8 @@ def gpu(arch: int) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(driver, "_active", Target(arch)))
+        stack.enter_context(_fla_answered(arch))
         stack.enter_context(patch.object(archs.ops, "has_gpu", lambda x: True))
         stack.enter_context(_one_configuration())
         yield
@@ -65,9 +74,18 @@ def _one_configuration() -> Iterator[None]:
         yield
 
 
-def tile_size(config: Any) -> int:
-    """The product of a configuration's tile sizes."""
-    product = 1
-    for value in config.kwargs.values():
-        product *= value if isinstance(value, int) else 1
-    return product
+@contextmanager
+def _fla_answered(arch: int) -> Iterator[None]:
+    """Flash-linear-attention, where it is imported, asks for shared memory by a tensor's device.
+
+    A tensor on the CPU has none, and an answer is kept for good.
+    """
+    hardware = sys.modules.get("fla.utils.hardware")
+    if hardware is None:
+        yield
+        return
+    answers = dict.fromkeys((None, 0), MULTIPROCESSORS[arch].shared_of_a_program)
+    hardware.check_shared_mem.cache_clear()
+    with patch.object(hardware, "get_all_max_shared_mem", lambda: answers):
+        yield
+    hardware.check_shared_mem.cache_clear()

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from harness.interpreter import prepared_once
+from harness.interpreter import convertible_loop_variables, prepared_once
 
 SECTOR_BYTES = 32  # NVIDIA, CUDA C++ Best Practices Guide, "Coalesced access to global memory"
 EXPONENTIALS = (np.exp, np.exp2)
@@ -316,7 +316,11 @@ class _Hooks:
             return unary(self, x, operation)
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with hooks.launched(self, args, kwargs), _disable_current_modes():
+            with (
+                hooks.launched(self, args, kwargs),
+                convertible_loop_variables(self.fn),
+                _disable_current_modes(),
+            ):
                 return run(self, *args, **kwargs)
 
         memory, dot, unary = interpreter._interpreter, builder.create_dot, builder.unary_op

@@ -39,7 +39,11 @@ def product_without_dot(a, b, c, n, M: tl.constexpr, K: tl.constexpr, PRECISION:
 
 
 @triton.autotune(
-    [triton.Config({"BLOCK": block}, num_warps=4) for block in (1024, 16384, 256)], key=["n"]
+    [
+        triton.Config({"BLOCK": block}, num_warps=warps)
+        for block, warps in ((1024, 4), (16384, 2), (16384, 4), (16384, 8), (256, 4))
+    ],
+    key=["n"],
 )
 @triton.jit
 def tuned(x, y, n, BLOCK: tl.constexpr):

@@ -1,9 +1,13 @@
 import multiprocessing
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from types import ModuleType
 
 import pytest
 import torch
+import triton
 
 import compiled_kernels as kernels
 from harness import compiled, pretend
@@ -130,7 +134,8 @@ def test_descriptors_become_bulk_copies(compiler):
 def test_of_an_autotuned_kernel_the_largest_tiles(compiler):
     (row,), blocks = compiler(kernels.rows_of_tuned, 90)
     assert row.constants["BLOCK"] == 16384
-    assert blocks == [1024, 16384, 256]
+    assert row.warps == 4  # among equals, Triton's default
+    assert blocks == [1024, 16384, 16384, 16384, 256]
 
 
 def test_of_an_autotuned_kernel_the_largest_tiles_that_fit(compiler):
@@ -147,7 +152,25 @@ def test_a_call_sees_the_gpu_it_is_compiled_for():
             properties = torch.cuda.get_device_properties("cuda")
             assert 10 * properties.major + properties.minor == arch
             assert properties.multi_processor_count > 100
+            driver = triton.runtime.driver.active
+            assert driver.get_current_target().arch == arch
+            shared = driver.utils.get_device_properties(0)["max_shared_mem"]
+            assert shared == {80: 163, 90: 227, 100: 227}[arch] << 10
     assert torch.cuda.get_device_capability is before
+
+
+def test_fla_hears_of_the_shared_memory_of_each_gpu(monkeypatch):
+    """As it asks: by a tensor's device, which none on the CPU has, keeping the answer for good."""
+    library = ModuleType("fla.utils.hardware")
+    library.get_all_max_shared_mem = lambda: [-1]
+    library.check_shared_mem = cache(lambda device: library.get_all_max_shared_mem()[device])
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    assert library.check_shared_mem(0) == -1
+    for arch, kilobytes in ((90, 227), (80, 163)):
+        with pretend.gpu(arch):
+            for device in (None, 0):
+                assert library.check_shared_mem(device) == kilobytes << 10
+    assert library.check_shared_mem(0) == -1
 
 
 @pytest.mark.parametrize(

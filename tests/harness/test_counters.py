@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from harness import compiled, correctness, counted, counters, pretend
+from harness import compiled, correctness, counted, counters, peers, pretend, tally
 from harness.run import child_environment
 
 
@@ -18,12 +20,18 @@ def ssd():
     return document
 
 
+@pytest.fixture(scope="module")
+def wkv7():
+    """WKV-7, likewise."""
+    return counters.count(["wkv7"], archs=[90])
+
+
 def row(document, implementation, phase, variant=""):
     (found,) = (
         r
         for r in document["traffic"]
         if (r["implementation"], r["phase"]) == (implementation, phase)
-        and r["shape"].endswith(variant or "G 1")
+        and r["shape"].endswith(variant or ("G 1" if r["op"] == "ssd" else ""))
     )
     return found
 
@@ -115,6 +123,81 @@ def test_our_kernels_use_the_tensor_cores_and_do_not_spill(ssd):
         assert found["spills_in_loops"] == 0
         assert found["spills"] <= (32 if "forward" in found["kernel"] else 64)
         assert found["programs_per_sm"] >= 1
+
+
+# Derived from the source of fla-core 0.6.0: bytes a token and channel that its launches are given,
+# with chunks as long as a head is wide; then what is kept once a chunk or once, in bytes.
+B, T, H, K, CHUNK = 1, 1024, 8, 64, 64
+ROWS, STATE = 4 * B * T // CHUNK * H * K, 4 * B * H * K * K  # last decays of chunks; a state
+FLA_FORWARD = {
+    "chunk_rwkv6_fwd_cumsum_kernel": (4 + 8, 0),  # log-decay; its sums with and without itself
+    "chunk_dplr_fwd_A_kernel_intra_tensorcore": (8 + 8 + 8 + 12, 0),  # inputs, sums; scaled, A
+    "prepare_wy_repr_fwd_kernel_safe": (4 * 10 / 16 + 4, 0),  # the lower blocks of 16; all
+    "wu_fwd_kernel": (4 + 4 + 2 + 2 + 2 + 2, 0),
+    "chunk_dplr_fwd_kernel_h": (5 * 2 + 2 + 2, ROWS + 2 * STATE),  # a state a chunk, as wide as v
+    "chunk_dplr_fwd_kernel_o": (6 * 2 + 2, 0),
+}
+FLA_BACKWARD = {
+    **FLA_FORWARD,  # all but the output is computed again
+    "chunk_dplr_fwd_kernel_h": (5 * 2 + 2 + 2, ROWS + STATE),
+    "chunk_dplr_bwd_kernel_dAu": (4 * 2 + 2 + 4 + 4, 0),
+    "chunk_dplr_bwd_kernel_dhu": (5 * 2 + 2 + 2, ROWS + 2 * STATE),
+    "chunk_dplr_bwd_kernel_dv": (4 * 2 + 2, 0),
+    "chunk_dplr_bwd_o_kernel": (8 * 2 + 4 * 2, 2 * ROWS),
+    "prepare_wy_repr_bwd_kernel": (2 * 4 + 5 * 2 + 2 * 4 + 2 * 2, 0),
+    "chunk_dplr_bwd_kernel_intra_tensorcore": (8 + 8 + 16 + 8 + 8 + 8, 0),
+    "chunk_dplr_bwd_dgk_kernel": (4 + 4 + 4, ROWS),
+}
+del FLA_BACKWARD["chunk_dplr_fwd_kernel_o"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "launches"), [("forward", FLA_FORWARD), ("backward", FLA_BACKWARD)]
+)
+def test_fla_moves_what_its_source_says(wkv7, phase, launches):
+    found = row(wkv7, "fla", phase)
+    moved = {k["name"]: k["unique_bytes"] for k in found["kernels"]}
+    assert moved == {
+        name: bytes_an_element * B * T * H * K + rest
+        for name, (bytes_an_element, rest) in launches.items()
+    }
+    assert found["launches"] == len(launches)
+    assert found["kernel_bytes"] == sum(moved.values())
+
+
+@pytest.mark.parametrize(
+    ("phase", "floors", "our_launches"), [("forward", 6.97, 1), ("backward", 8.98, 1)]
+)
+def test_fla_beside_ours(wkv7, phase, floors, our_launches):
+    theirs, ours = (row(wkv7, name, phase) for name in ("fla", "triton"))
+    assert theirs["floor_bytes"] == ours["floor_bytes"]
+    assert theirs["unique_bytes"] / theirs["floor_bytes"] == pytest.approx(floors, abs=0.01)
+    assert ours["unique_bytes"] / ours["floor_bytes"] < 1.2
+    assert ours["launches"] == our_launches
+    assert theirs["relative_error"] < 1e-3
+    assert counters.faults(wkv7) == []
+
+
+def test_fla_takes_the_tiles_of_an_h100(wkv7):
+    """One program a head: where shared memory is less, several share its values."""
+    kernels = {k["name"]: k["programs"] for k in row(wkv7, "fla", "forward")["kernels"]}
+    assert kernels["chunk_dplr_fwd_kernel_h"] == B * H
+    compiled = {r["kernel"]: r for r in wkv7["compiled"] if r["implementation"] == "fla"}
+    assert set(compiled) == set(FLA_FORWARD) | set(FLA_BACKWARD)
+    assert compiled["chunk_dplr_fwd_kernel_h"]["constants"]["BV"] == K
+    assert compiled["chunk_dplr_fwd_kernel_h"]["opcodes"]["HGMMA"] > 0
+
+
+def test_a_library_that_is_not_installed_is_left_out(monkeypatch):
+    def load():
+        raise ModuleNotFoundError("No module named 'fla'")
+
+    monkeypatch.setitem(peers.PEERS, "fla", replace(peers.PEERS["fla"], load=load))
+    (call,) = (c for c in counted.calls("wkv7", torch.float16) if c.implementation == "fla")
+    rows, reason, failed = tally._attempt(call, {"kind": "traffic"})
+    assert rows == []
+    assert reason.endswith("No module named 'fla'; run: pip install fla-core")
+    assert not failed
 
 
 def test_tables(ssd, capsys):

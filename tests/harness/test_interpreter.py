@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from harness.interpreter import prepared_once
+from harness.interpreter import convertible_loop_variables, prepared_once
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: kernels are compiled"
@@ -70,3 +70,19 @@ def test_another_triton_is_left_alone(monkeypatch):
     monkeypatch.delattr(interpreter, "_patch_lang")
     with prepared_once():
         assert not hasattr(interpreter, "_patch_lang")
+
+
+@triton.jit
+def summing_kernel(Y, n):
+    total = 0
+    for i in range(tl.cdiv(n, 2)):
+        total += i.to(tl.int64) * 2
+    tl.store(Y, total)
+
+
+def test_a_loop_variable_is_converted_as_on_a_gpu():
+    y = torch.empty(1, dtype=torch.int64)
+    with convertible_loop_variables(summing_kernel.fn):
+        summing_kernel[(1,)](y, 9)
+    assert y.item() == 2 * (0 + 1 + 2 + 3 + 4)
+    assert "range" not in globals()
