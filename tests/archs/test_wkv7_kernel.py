@@ -339,6 +339,26 @@ def test_every_access_is_inside_the_arguments(segments, T):
     assert set(counts.kernels) == {"wkv7_step_kernel"}
 
 
+@interpreted
+def test_no_two_programs_share_memory():
+    """What the loops of a stretch leave each other, where programs run side by side: on a GPU."""
+    B, T, H, N, chunks = 2, 200, 3, 16, 4
+    _, counts = traffic.count(lambda: results(inputs(B, T, H, N), "triton", Plan(2)))
+    programs, chunk = B * 2 * H, kernels.CHUNK
+    found = counts.kernels["wkv7_backward_kernel"].arguments
+    for name, floats in (
+        ("STATES", chunks * N * N),
+        ("DSTATES", chunks * N * N),
+        ("SOLVES", chunks * chunk * chunk),
+        ("US", chunks * chunk * N),
+        ("DUS", chunks * chunk * N),
+        ("AFTER", N * N),
+    ):
+        # The second segment has 72 tokens, in three of its four chunks.
+        used = 1 if name == "AFTER" else (4 + 3) / (4 + 4)
+        assert found[name].unique_bytes == 4 * programs * floats * used, name
+
+
 @pytest.mark.parametrize(
     "what", ["equal tokens", "no decay", "full decay", "large logits", "large inputs", "zeros"]
 )
