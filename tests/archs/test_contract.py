@@ -87,7 +87,10 @@ class Stack(Block):
 
     def __init__(self, backend: str) -> None:
         super().__init__(BlockConfig(width=WIDTH))
-        options = {name: SMALL[name] for name in SMALL}
+        options = {
+            **SMALL,
+            "rwkv7": {**SMALL["rwkv7"], "head_dim": 8},
+        }  # and other heads than alone
         model = archs.build_model(
             HYBRID, width=WIDTH, max_len=MAX_LEN, backend=backend, options=options
         )
