@@ -151,7 +151,8 @@ def wkv7(
 
     Args:
         r: (B, T, H, K), T >= 1, what the state is read along.
-        log_decay: (B, T, H, K) in [-exp(-1/2), 0]; None where `decay_logits` is given.
+        log_decay: (B, T, H, K) in [-exp(-1/2), 0]; None where `decay_logits` is given. On backend
+            "triton" y and the state are NaN from where it is under -1.
         k: (B, T, H, K), what v is written along.
         v: (B, T, H, V).
         a: (B, T, H, K), what is read for removal; of norm at most 1 for a stable recurrence.

@@ -34,11 +34,8 @@ VARIANTS = {
 # Those in which a library's operation stands in for ours, where the backend is not the reference.
 PEERS = {"transformer-sdpa-math": "sdpa-math", "mamba2-ssd-minimal": "ssd-minimal"}
 BACKENDS = ("reference", "torch", "triton")
-BUILT = (
-    "mamba2",
-    "mamba2-groups",
-    "rwkv7",
-)  # the variants whose operations all have Triton kernels
+# The variants whose operations all have Triton kernels.
+BUILT = ("mamba2", "mamba2-groups", "rwkv7")
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
 HYBRID = "mamba2+transformer+rwkv7+hyena+rwkv7"
 BY_FFT = ("hyena", "hyena-order-3", "hybrid")  # exact to rounding only
@@ -87,10 +84,8 @@ class Stack(Block):
 
     def __init__(self, backend: str) -> None:
         super().__init__(BlockConfig(width=WIDTH))
-        options = {
-            **SMALL,
-            "rwkv7": {**SMALL["rwkv7"], "head_dim": 8},
-        }  # and other heads than alone
+        # RWKV-7 with other heads than alone.
+        options = {**SMALL, "rwkv7": {**SMALL["rwkv7"], "head_dim": 8}}
         model = archs.build_model(
             HYBRID, width=WIDTH, max_len=MAX_LEN, backend=backend, options=options
         )
