@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 LENGTHS = (1, 2, 3, 4, 17, 63, 64, 65, 127, 1000, 1025)
 
 # Relative RMS errors that a kernel does not exceed, however wrong plain PyTorch is.
@@ -73,6 +76,13 @@ def assert_as_exact(
     assert few or error <= CAPS[dtype], (name, error)
     error, allowed = (relative_max(x, exact, terms) for x in (got, plain))
     assert error <= factor * allowed + luck, (name, "max", error, allowed)
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To the last bit, by name."""
+    assert got.keys() == expected.keys()
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
 
 
 @contextmanager

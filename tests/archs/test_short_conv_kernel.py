@@ -19,8 +19,11 @@ from kernel_checks import (
     DEVICE,
     LENGTHS,
     assert_as_exact,
+    assert_same,
     guarded_allocations,
     in_margins,
+    interpreted,
+    on_a_gpu,
     randn,
     relative_rms,
 )
@@ -36,8 +39,6 @@ VARIANTS = (
     (False, True, "silu"),
 )
 RUN = kernels.FORWARD["STEPS"]  # tokens that a lane of a forward program takes
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 
 
 def inputs(B, T, D, W, dtype=torch.float32, bias=True, state=True):
@@ -77,12 +78,6 @@ def check(args, activation="silu", gradients=True):
     for name in exact:
         factor = 2 if name in ("y", "end") else 3
         assert_as_exact(got[name], plain[name], exact[name], factor, name)
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name in got:
-        assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.mark.parametrize("W", [2, 3, 4])

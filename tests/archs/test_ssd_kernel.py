@@ -17,8 +17,11 @@ from kernel_checks import (
     DEVICE,
     LENGTHS,
     assert_as_exact,
+    assert_same,
     guarded_allocations,
     in_margins,
+    interpreted,
+    on_a_gpu,
     randn,
     relative_rms,
 )
@@ -26,8 +29,6 @@ from kernel_checks import (
 pytest.importorskip("triton")
 from archs.ops import ssd_kernel as kernels
 
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 OUTPUTS = ("y", "end")
 STEP = ("x", "log_decay", "b", "c", "state", "dt", "skip")
 MAP_NORESERVE = 0x4000  # Linux; the mmap module has no name for it
@@ -81,12 +82,6 @@ def check(args, plan=None, gradients=True):
         factor = 2 if name in OUTPUTS else 3
         values = got[name], plain[name], exact[name]
         assert_as_exact(*values, factor, name, args["x"].dtype)
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name in got:
-        assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.fixture

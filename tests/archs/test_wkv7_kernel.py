@@ -16,8 +16,11 @@ from kernel_checks import (
     DEVICE,
     LENGTHS,
     assert_as_exact,
+    assert_same,
     guarded_allocations,
     in_margins,
+    interpreted,
+    on_a_gpu,
     randn,
     relative_rms,
 )
@@ -29,8 +32,6 @@ import triton.language as tl
 from archs.ops import wkv7_kernel as kernels
 from archs.ops.wkv7_forward_kernel import first_token
 
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU: kernels are compiled")
-on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
 OUTPUTS = ("y", "end")
 TOKENS = ("r", "decay", "k", "v", "a", "b")
 
@@ -117,12 +118,6 @@ def read_terms(args, dr, logits):
     decay = args["decay"].double().requires_grad_()
     (slope,) = torch.autograd.grad(log_decay_of(decay).sum(), decay)
     return terms * slope
-
-
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name in got:
-        assert torch.equal(got[name], expected[name]), name
 
 
 def segments_of(T, plan):
