@@ -127,6 +127,10 @@ class Block(nn.Module, ABC):
         """Bytes of weights that a decode step at `position` reads."""
         return parameter_bytes(self)
 
+    def step_state_bytes(self, batch: int, position: int, dtype: torch.dtype) -> int:
+        """Bytes of state that a decode step at `position` moves: all of it, its own token's too."""
+        return state_bytes(self, batch, position + 1, dtype)
+
     def init_ends(self, embedding: nn.Embedding, head: nn.Linear) -> None:
         """Initialise a model's embedding and head the way this architecture's code does."""
         nn.init.normal_(embedding.weight, std=0.02)
@@ -175,4 +179,5 @@ def train_flops(forward: int) -> int:
 
 def decode_bytes(block: Block, batch: int, position: int, dtype: torch.dtype) -> int:
     """Bytes a decode step at `position` must move: its weights once and its state once."""
-    return block.step_weight_bytes(position) + state_bytes(block, batch, position + 1, dtype)
+    state = block.step_state_bytes(batch, position, dtype)
+    return block.step_weight_bytes(position) + state

@@ -19,7 +19,10 @@ t = p / (L-1) and w = 2 pi p / L with L = max_len:
 
 Position and window are measured against `max_len`, never against a call's T: a tap does not
 depend on how much is convolved at once. To train short and evaluate long, set max_len to the
-evaluation length. There is no state of constant size: decoding keeps every z and sums over it.
+evaluation length. There is no state of constant size: decoding keeps every z. With
+`decode="direct"`, the default and the definition, a token sums over all of them. With "lazy" the
+sums that later outputs need are formed ahead, in tiles (`archs.ops.long_conv_lazy`): O(log^2 T) a
+token on average, for a second state as large as the first and the spectra of the filters.
 
 Letters: B batch, T tokens, D width, N order, L max_len.
 
@@ -35,17 +38,19 @@ Differs from the paper:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.block import Block, BlockConfig, BlockOutput, Carry, parameter_bytes
+from archs.block import Block, BlockConfig, BlockOutput, Carry, parameter_bytes, recurrent_dtype
 from archs.ops import Backend
 from archs.ops.long_conv import long_conv, long_conv_step
+from archs.ops.long_conv_lazy import DIRECT_TILE, add_tiles, long_conv_lazy_step, tile_filter
 from archs.ops.short_conv import short_conv
 
 SHORT_WIDTH = 3  # taps of the short convolutions; official short_filter_order
@@ -66,6 +71,7 @@ class HyenaConfig(BlockConfig):
     filter_inner_layers: int = 2  # between the FFN's first and last; official num_inner_mlps
     filter_sine_frequency: float = 14.0  # initial; official w
     window_shift: float = 0.0
+    decode: Literal["direct", "lazy"] = "direct"  # how a step forms its sums over the past
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +91,8 @@ class HyenaConfig(BlockConfig):
                 "filter_features must be odd and at least 3 (time, cosines and sines), "
                 f"got {self.filter_features}"
             )
+        if self.decode not in ("direct", "lazy"):
+            raise ValueError(f"decode must be 'direct' or 'lazy', got {self.decode!r}")
 
     @property
     def hidden_width(self) -> int:
@@ -96,12 +104,21 @@ class HyenaState(NamedTuple):
     """The short convolutions' last inputs, and all that the long convolutions have read.
 
     `history` is filled up to `position`. A state passed in is consumed: stepping an old one again
-    overwrites the same slot.
+    overwrites the same slot, and with `pending` adds a tile a second time.
     """
 
     short_tail: Tensor  # (B, (N+1) D, 2)
     history: Tensor  # (N-1, B, D, capacity)
     position: int  # tokens consumed so far
+    pending: Tensor | None = None  # like history; lazy decoding's sums for outputs to come
+
+
+class _Formed(NamedTuple):
+    """Filters in full length, and what tiles read of them, by the size of the tile."""
+
+    key: tuple  # what the parameters were
+    reversed_taps: Tensor  # (N-1, D, max_len)
+    tile_filters: dict[int, Tensor]
 
 
 class HyenaFilter(nn.Module):
@@ -118,7 +135,7 @@ class HyenaFilter(nn.Module):
         self.output = nn.Linear(width, (config.order - 1) * config.width, bias=False)
         # One vector for all layers: the official layers share one activation module.
         self.frequency = nn.Parameter(torch.full((width,), float(config.filter_sine_frequency)))
-        self._materialised: tuple[tuple, Tensor] | None = None
+        self._materialised: _Formed | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,16 +168,31 @@ class HyenaFilter(nn.Module):
         """
         if record:
             return self(length).flip(-1)
+        taps = self._formed().reversed_taps
+        return taps[..., taps.shape[-1] - length :]
+
+    def tile_filter(self, size: int, *, record: bool) -> Tensor:
+        """What tiles of `size` tokens read (`archs.ops.long_conv_lazy`), kept as the taps are."""
+        if record:
+            return tile_filter(self(min(2 * size, self.config.max_len)), size)
+        formed = self._formed()
+        if size not in formed.tile_filters:
+            with torch.no_grad():
+                taps = formed.reversed_taps[..., -2 * size :].flip(-1)
+                formed.tile_filters[size] = tile_filter(taps, size)
+        return formed.tile_filters[size]
+
+    def _formed(self) -> _Formed:
+        """The filters of the parameters as they are."""
         key = tuple(
             # An inference tensor does not count its versions: form the filters every time.
             (p.data_ptr(), object() if p.is_inference() else p._version, p.dtype, p.device)
             for p in self.parameters()
         )
-        if self._materialised is None or self._materialised[0] != key:
+        if self._materialised is None or self._materialised.key != key:
             with torch.no_grad():
-                self._materialised = key, self(self.config.max_len).flip(-1)
-        taps = self._materialised[1]
-        return taps[..., taps.shape[-1] - length :]
+                self._materialised = _Formed(key, self(self.config.max_len).flip(-1), {})
+        return self._materialised
 
     def flops(self, length: int) -> int:
         """Forward FLOPs of the FFN over `length` positions."""
@@ -233,16 +265,25 @@ class HyenaBlock(Block):
         return BlockOutput(self._finish(x, y), state, carry)
 
     def step(self, x: Tensor, state: HyenaState, carry: Carry | None = None) -> BlockOutput:
-        """Run one token x (B, D): a direct sum over the history, O(position)."""
+        """Run one token x (B, D): a direct sum over the history, O(position), or lazily.
+
+        Lazy decoding ends most tokens' work early and lets some wait for a large tile: after
+        token i, one as long as the largest power of two that divides i.
+        """
         record = self._records(x, state)
         end = self._room(1, state)
         signals, tail = self._short(self.in_proj(self.operator_norm(x)).unsqueeze(1), state)
         gates, v = self._split(signals.squeeze(1))
-        taps = self.filter.reversed_taps(end, record=record)
+        taps = self.filter.reversed_taps(end if state.pending is None else 1, record=record)
         zs = []
         for o, gate in enumerate(reversed(gates[1:])):
-            history = state.history[o, :, :, : state.position]
-            v, z = long_conv_step(v, taps[o], history, pre_gate=gate, skip=self.skip[o])
+            gated = {"pre_gate": gate, "skip": self.skip[o]}
+            if state.pending is None:
+                history = state.history[o, :, :, : state.position]
+                v, z = long_conv_step(v, taps[o], history, **gated)
+            else:
+                owed = state.pending[o, :, :, state.position]
+                v, z = long_conv_lazy_step(v, taps[o, :, 0], owed, **gated)
             zs.append(z.unsqueeze(-1))
         state = self._advance(state, tail, zs, record)
         return BlockOutput(self._finish(x, gates[0] * v), state, carry)
@@ -253,11 +294,12 @@ class HyenaBlock(Block):
         """Zeros, with room for `max_len` tokens."""
         self._room(max_len)
         width, order = self.config.width, self.config.order
-        return HyenaState(
-            torch.zeros(batch, (order + 1) * width, SHORT_WIDTH - 1, device=device, dtype=dtype),
-            torch.zeros(order - 1, batch, width, max_len, device=device, dtype=dtype),
-            0,
-        )
+        tail = torch.zeros(batch, (order + 1) * width, SHORT_WIDTH - 1, device=device, dtype=dtype)
+        history = torch.zeros(order - 1, batch, width, max_len, device=device, dtype=dtype)
+        if self.config.decode == "direct":
+            return HyenaState(tail, history, 0)
+        pending = torch.zeros_like(history, dtype=recurrent_dtype(dtype))
+        return HyenaState(tail, history, 0, pending)
 
     def mixer_flops(self, new_tokens: int, context: int = 0) -> int:
         """FLOPs of short and long convolutions, skips and gates.
@@ -266,9 +308,16 @@ class HyenaBlock(Block):
         2 for each pair of a new token and one that it reads; or, with the filter's spectrum given
         (it counts in `shared_flops`), two real FFTs of length N = context + 2 new_tokens at
         2.5 N log2 N (FFTW's count, Frigo and Johnson 2005) and N/2 complex products of 6.
+
+        Of lazy decoding, one token after others counts as the mean over tokens up to there
+        (`lazy_mean`); its own cost swings with its position. The tiles that a prompt leaves to
+        later outputs are left out.
         """
         order = self.config.order
-        long, _ = long_conv_flops(new_tokens, context)
+        if self.config.decode == "lazy" and new_tokens == 1 and context > 0:
+            long = 2 + lazy_mean(context, tile_flops)
+        else:
+            long, _ = long_conv_flops(new_tokens, context)
         short = 2 * SHORT_WIDTH * (order + 1) * new_tokens
         gates_and_skips = (order + 2 * (order - 1)) * new_tokens
         return self.config.width * ((order - 1) * long + short + gates_and_skips)
@@ -287,10 +336,28 @@ class HyenaBlock(Block):
         return iter((self.in_proj, self.out_proj, self.mlp_up, self.mlp_down))
 
     def step_weight_bytes(self, position: int) -> int:
-        """Bytes of all parameters but the filter's, and of the filters' taps up to `position`."""
+        """Bytes of all parameters but the filter's, and of the filters' taps up to `position`.
+
+        Of lazy decoding tap 0 and, in the mean over tokens up to there, what tiles read.
+        """
+        lazy = self.config.decode == "lazy"
+        taps = 1 + lazy_mean(position, tile_filter_numbers) if lazy else position + 1
         channels = (self.config.order - 1) * self.config.width
-        taps = channels * (position + 1) * self.filter.dtype.itemsize
-        return parameter_bytes(self) - parameter_bytes(self.filter) + taps
+        tap_bytes = channels * taps * self.filter.dtype.itemsize
+        return parameter_bytes(self) - parameter_bytes(self.filter) + tap_bytes
+
+    def step_state_bytes(self, batch: int, position: int, dtype: torch.dtype) -> int:
+        """Bytes of all the state; of lazy decoding, in the mean over tokens up to `position`.
+
+        A lazy token moves the short convolutions' tail, its own z and sum, and a tile's.
+        """
+        if self.config.decode == "direct":
+            return super().step_state_bytes(batch, position, dtype)
+        config = self.config
+        tail = (config.order + 1) * config.width * (SHORT_WIDTH - 1) * dtype.itemsize
+        tokens = 1 + lazy_mean(position, lambda size: size)
+        a_token = dtype.itemsize + recurrent_dtype(dtype).itemsize
+        return batch * (tail + (config.order - 1) * config.width * tokens * a_token)
 
     def final_norm(self) -> nn.Module:
         """The official language model's: a LayerNorm."""
@@ -370,8 +437,10 @@ class HyenaBlock(Block):
 
     def _records(self, x: Tensor, state: HyenaState) -> bool:
         """Whether gradients are recorded for anything that a step reads."""
-        tensors = (x, state.short_tail, state.history, *self.parameters())
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        tensors = (x, *state, *self.parameters())
+        return torch.is_grad_enabled() and any(
+            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
+        )
 
     def _room(self, new_tokens: int, state: HyenaState | None = None) -> int:
         """Tokens seen after `new_tokens` more."""
@@ -393,15 +462,20 @@ class HyenaBlock(Block):
     ) -> HyenaState:
         """The state after tokens whose long convolutions read zs, each (B, D, T)."""
         assert tail is not None
-        history, start = state.history, state.position
+        history, pending, start = state.history, state.pending, state.position
         end = start + zs[0].shape[-1]
-        if record or history.requires_grad:
+        keep = record or history.requires_grad or (pending is not None and pending.requires_grad)
+        if keep:
             new = torch.stack(zs)
             history = torch.cat([history[..., :start], new, history[..., end:]], -1)
         else:
             for o, z in enumerate(zs):
                 history[o, :, :, start:end] = z
-        return HyenaState(tail, history, end)
+        if pending is not None:
+            pending = pending.clone() if keep else pending
+            filters = partial(self.filter.tile_filter, record=record)
+            add_tiles(pending, history[..., :end], start, filters, backend=self.backend)
+        return HyenaState(tail, history, end, pending)
 
 
 def positional_features(
@@ -439,7 +513,30 @@ def window_rates(config: HyenaConfig, like: Tensor) -> Tensor:
 def long_conv_flops(new_tokens: int, context: int) -> tuple[int, int]:
     """FLOPs of one channel's long convolution: for every sequence, and once for the filter."""
     direct = new_tokens * (2 * context + new_tokens + 1)
-    length = context + 2 * new_tokens
+    by_spectra, spectrum = fft_conv_flops(context + 2 * new_tokens)
+    return (direct, 0) if direct <= by_spectra + spectrum else (by_spectra, spectrum)
+
+
+def fft_conv_flops(length: int) -> tuple[int, int]:
+    """FLOPs of convolving by FFTs of `length`, the filter's spectrum given; and of that."""
     fft = round(2.5 * length * math.log2(length))
-    by_spectra = 2 * fft + 3 * length
-    return (direct, 0) if direct <= by_spectra + fft else (by_spectra, fft)
+    return 2 * fft + 3 * length, fft
+
+
+def lazy_mean(position: int, of_tile: Callable[[int], int]) -> int:
+    """What tiles cost a token, given what one of U tokens costs: one comes every 2U tokens.
+
+    The mean over all tokens up to the one at `position`, whose tiles are no longer than they are.
+    """
+    sizes = (2**k for k in range((position + 1).bit_length()))
+    return round(sum(of_tile(size) / (2 * size) for size in sizes))
+
+
+def tile_flops(size: int) -> int:
+    """FLOPs of a tile of `size` tokens in one channel."""
+    return 2 * size**2 if size <= DIRECT_TILE else fft_conv_flops(2 * size)[0]
+
+
+def tile_filter_numbers(size: int) -> int:
+    """Real numbers that a tile of `size` tokens reads of one channel's filter."""
+    return size**2 if size <= DIRECT_TILE else 2 * (size + 1)

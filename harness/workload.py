@@ -5,7 +5,7 @@ to the host, so that it can be captured in a CUDA graph; `backward` runs on the 
 `build` ran its forward pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from archs.block import (
     tensor_bytes,
     train_flops,
 )
+from archs.hyena import HyenaBlock
 from archs.model import expand_pattern
 from harness import correctness, peers
 from harness.correctness import ALLOWED_ERROR
@@ -165,6 +166,15 @@ def _peer(case: Case, device: str) -> Peer | None:
     return peer
 
 
+def _same_step_again(blocks: Iterable[Block]) -> None:
+    """NotImplementedError where a decode step's time is not that of its neighbours."""
+    if any(isinstance(block, HyenaBlock) and block.config.decode == "lazy" for block in blocks):
+        raise NotImplementedError(
+            "hyena: a lazy token's time depends on how many twos divide its position, so none can "
+            "be timed alone: tests/benchmarks/decode_modes.py times whole sequences"
+        )
+
+
 def _build_block(case: Case, max_len: int, device: str) -> Block:
     if len(expand_pattern(case.arch)) > 1:
         raise NotImplementedError(f"{case.arch} is a hybrid: it has level model only")
@@ -195,6 +205,7 @@ def _op(case: Case, device: str) -> Workload:
     mixer = case.batch * block.mixer_flops(new, context)
     counted = {"mixer_flops": mixer, "state_bytes": state}
     if case.phase == "decode":
+        _same_step_again([block])
         return _op_decode(case, op, operation, context, randn, counted)
     counted["work_flops"] = mixer + op.extra_flops(new)
     inputs = op.inputs(case.batch, new, randn)
@@ -317,6 +328,7 @@ def _of_subject(
         check = correctness.check_prefill(subject, function, room)
         work, floor = forward, weights + ends + counted["state_bytes"]
     elif case.phase == "decode":
+        _same_step_again(subject.blocks())
         state = filled(subject.init_state(case.batch, room), context, generator)
         # A consumed cache may be stepped again: that overwrites the same slot.
         function = torch.no_grad()(partial(subject.step, subject.inputs[:, 0], state))

@@ -27,6 +27,7 @@ VARIANTS = {
     "transformer-window": ("transformer", {"head_dim": 8, "kv_heads": 4, "window": 7}),
     "mamba2-groups": ("mamba2", {"head_dim": 16, "d_state": 16, "groups": 2, "conv_width": 3}),
     "hyena-order-3": ("hyena", {"filter_width": 16, "order": 3}),
+    "hyena-lazy": ("hyena", {"filter_width": 16, "decode": "lazy"}),
     "hybrid": ("hybrid", {}),
     "transformer-sdpa-math": ("transformer", {"head_dim": 8, "kv_heads": 2}),
     "mamba2-ssd-minimal": ("mamba2", {"head_dim": 16, "d_state": 16, "groups": 2}),
@@ -38,7 +39,7 @@ BACKENDS = ("reference", "torch", "triton")
 BUILT = ("mamba2", "mamba2-groups", "rwkv7")
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
 HYBRID = "mamba2+transformer+rwkv7+hyena+rwkv7"
-BY_FFT = ("hyena", "hyena-order-3", "hybrid")  # exact to rounding only
+BY_FFT = ("hyena", "hyena-order-3", "hyena-lazy", "hybrid")  # exact to rounding only
 
 CASES = [
     (v, b)

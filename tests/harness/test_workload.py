@@ -1,6 +1,7 @@
 import importlib
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ PHASES = {
 CELLS = [(level, phase) for level, phases in PHASES.items() for phase in phases]
 DTYPES = ("float32", "float64", "bfloat16")
 T, B = 12, 2
+ROOT = Path(__file__).parents[2]
 
 
 def case(arch, level, phase, **changes):
@@ -249,6 +251,19 @@ def test_a_cell_that_does_not_exist_says_so():
             workload.build(asked)
         assert "\n" not in str(error.value)
     assert workload.build(case(hybrid, "model", "prefill")).check() <= ALLOWED_ERROR["float32"]
+
+
+@every_cell
+def test_lazy_decoding_is_timed_elsewhere(level, phase, monkeypatch):
+    monkeypatch.setattr(workload, "shape_of", lambda arch, size: Shape(64, 2, {"decode": "lazy"}))
+    asked = case("hyena", level, phase)
+    if phase != "decode":
+        assert workload.build(asked).check() <= ALLOWED_ERROR["float32"]
+        return
+    with pytest.raises(NotImplementedError, match=r"tests/benchmarks/decode_modes\.py") as error:
+        workload.build(asked)
+    assert "\n" not in str(error.value)
+    assert (ROOT / "tests/benchmarks/decode_modes.py").exists()
 
 
 @pytest.mark.parametrize("arch", [a for a in ARCHS if not has_kernels(OPERATIONS[a])])
