@@ -110,7 +110,8 @@ class HyenaState(NamedTuple):
     short_tail: Tensor  # (B, (N+1) D, 2)
     history: Tensor  # (N-1, B, D, capacity)
     position: int  # tokens consumed so far
-    pending: Tensor | None = None  # like history; lazy decoding's sums for outputs to come
+    # Lazy decoding's sums for outputs to come, like history but float32 or float64.
+    pending: Tensor | None = None
 
 
 class _Formed(NamedTuple):
@@ -265,10 +266,10 @@ class HyenaBlock(Block):
         return BlockOutput(self._finish(x, y), state, carry)
 
     def step(self, x: Tensor, state: HyenaState, carry: Carry | None = None) -> BlockOutput:
-        """Run one token x (B, D): a direct sum over the history, O(position), or lazily.
+        """Run one token x (B, D): a direct sum over the history, O(position).
 
-        Lazy decoding ends most tokens' work early and lets some wait for a large tile: after
-        token i, one as long as the largest power of two that divides i.
+        From a state with `pending` O(log^2) of it on average: after token i a tile is added, as
+        long as the largest power of two that divides i. Few tokens wait for a long one.
         """
         record = self._records(x, state)
         end = self._room(1, state)
@@ -309,9 +310,8 @@ class HyenaBlock(Block):
         (it counts in `shared_flops`), two real FFTs of length N = context + 2 new_tokens at
         2.5 N log2 N (FFTW's count, Frigo and Johnson 2005) and N/2 complex products of 6.
 
-        Of lazy decoding, one token after others counts as the mean over tokens up to there
-        (`lazy_mean`); its own cost swings with its position. The tiles that a prompt leaves to
-        later outputs are left out.
+        In lazy decoding one token after others counts as the mean of all up to there, as its own
+        tile may be of any length. The tiles that a prompt adds for later outputs do not count.
         """
         order = self.config.order
         if self.config.decode == "lazy" and new_tokens == 1 and context > 0:
@@ -338,7 +338,7 @@ class HyenaBlock(Block):
     def step_weight_bytes(self, position: int) -> int:
         """Bytes of all parameters but the filter's, and of the filters' taps up to `position`.
 
-        Of lazy decoding tap 0 and, in the mean over tokens up to there, what tiles read.
+        In lazy decoding tap 0 and, as the mean of all tokens up to there, what tiles read.
         """
         lazy = self.config.decode == "lazy"
         taps = 1 + lazy_mean(position, tile_filter_numbers) if lazy else position + 1
@@ -347,9 +347,10 @@ class HyenaBlock(Block):
         return parameter_bytes(self) - parameter_bytes(self.filter) + tap_bytes
 
     def step_state_bytes(self, batch: int, position: int, dtype: torch.dtype) -> int:
-        """Bytes of all the state; of lazy decoding, in the mean over tokens up to `position`.
+        """Bytes of all the state.
 
-        A lazy token moves the short convolutions' tail, its own z and sum, and a tile's.
+        In lazy decoding of the short convolutions' tail, the token's own z and sum and, as the
+        mean of all tokens up to there, those of a tile.
         """
         if self.config.decode == "direct":
             return super().step_state_bytes(batch, position, dtype)
@@ -524,9 +525,9 @@ def fft_conv_flops(length: int) -> tuple[int, int]:
 
 
 def lazy_mean(position: int, of_tile: Callable[[int], int]) -> int:
-    """What tiles cost a token, given what one of U tokens costs: one comes every 2U tokens.
+    """What tiles cost a token on average, given what one costs: one of U comes every 2U tokens.
 
-    The mean over all tokens up to the one at `position`, whose tiles are no longer than they are.
+    The average is over all tokens up to the one at `position`.
     """
     sizes = (2**k for k in range((position + 1).bit_length()))
     return round(sum(of_tile(size) / (2 * size) for size in sizes))

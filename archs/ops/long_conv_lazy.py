@@ -2,15 +2,16 @@
 
 Online ("relaxed") convolution, van der Hoeven 2002, "Relax, but don't be too lazy"; for decoding,
 Oncescu et al. 2024, "Flash Inference" (arXiv 2410.12982). It computes what `long_conv_step` does,
-with the sums over the past formed ahead in tiles. After token i, counted
-from 1, with U the largest power of two that divides i:
+with the sums over the past formed ahead in tiles. Once i tokens are read, with U the largest power
+of two that divides i:
 
-    pending[i, ..., i+U) += the share of z[i-U, ..., i) in these outputs       a tile
+    pending[i : i+U] += the share of z[i-U : i] in these outputs               a tile
     y_t = post_gate_t * (pending_t + (filter_0 + skip) * z_t)                  with pending at t
 
-Every pair s < t meets in exactly one tile, U tokens after i = the number in s+1, ..., t with the
-most factors of two. A tile reads taps 1 to 2U - 1; one of U tokens comes every 2U tokens. The mean
-is O(log^2 T), but the token that completes the largest tile waits for all of it, O(T log T).
+Tokens s < t meet in exactly one tile: that of the i in s+1, ..., t with the most factors of two. A
+tile reads taps 1 to 2U - 1; one of U tokens comes every 2U tokens. The mean is O(log^2 T), but the
+token that completes the longest tile waits for all of it, O(T log T). A tile takes temporary memory
+of about 6U numbers a channel.
 
 After i tokens the outputs to come have met the tiles of i, of i without its lowest binary one, of
 that without its lowest, and so on: at most log2(i) + 1 of them, which is all that reading a prompt
@@ -73,7 +74,7 @@ def add_tiles(
     *,
     backend: Backend,
 ) -> None:
-    """Add to `pending` what later outputs owe to the tokens from `start` on, in place.
+    """Add to `pending` the tiles of the tokens from `start` on, in place.
 
     Args:
         pending: (..., B, D, S), after `start` tokens; zeros at first. What belongs to outputs up to

@@ -246,8 +246,11 @@ def test_gradients_are_those_of_one_pass(order):
             assert relative(got, want) < 1e-10
 
 
-def test_a_recorded_state_is_left_alone_and_another_written_in_place():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_recorded_state_is_left_alone_and_another_written_in_place(frozen):
     block, x = build(), randn(1, 12, WIDTH)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith("filter."))
     with torch.no_grad():
         _, state = run(block, x[:, :7], [6])
         after = block.step(x[:, 7], state).state
