@@ -22,7 +22,7 @@ depend on how much is convolved at once. To train short and evaluate long, set m
 evaluation length. There is no state of constant size: decoding keeps every z. With
 `decode="direct"`, the default and the definition, a token sums over all of them. With "lazy" the
 sums that later outputs need are formed ahead, in tiles (`archs.ops.long_conv_lazy`): O(log^2 T) a
-token on average, for a second state as large as the first and the spectra of the filters.
+token on average, for as many numbers of state again, in float32, and the filters' spectra.
 
 Letters: B batch, T tokens, D width, N order, L max_len.
 
