@@ -15,19 +15,43 @@ N length of the FFT.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, no_such_backend
+from archs.ops import Backend, kernels, no_such_backend
+from archs.ops.plan import multiprocessors
 from archs.ops.short_conv import short_conv_reference
 
 # Bytes of padded signals that one FFT call works on: the fastest of 1 to 32 MiB on a CPU at
 # T = 4,096 to 131,072. Smaller calls pay more for planning their transform; from 32 MiB on, the
 # largest mmap threshold of glibc's malloc, every temporary is mapped anew, page by page.
 SEGMENT_BYTES = 16 * 2**20
+
+
+class LongConvPlan(NamedTuple):
+    """Which variant of the Triton kernels runs."""
+
+    splits: int = 1  # parts of the batch, each with programs of its own
+    precision: Literal["accurate", "fast"] = "accurate"  # see `archs.ops.long_conv_kernel`
+
+
+def plan(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
+) -> LongConvPlan:
+    """The plan for u of a shape (B, D, T) and type.
+
+    "fast" where its error is within that of rounding the result: in bfloat16, and in float32 where
+    `torch.set_float32_matmul_precision` allows tf32. As many splits as give every multiprocessor a
+    program; each forms the filter's transform anew. Arithmetic, not measured.
+    """
+    B, D, _ = shape
+    splits = min(B, max(1, multiprocessors(device) // D))
+    rounds = dtype == torch.bfloat16
+    rounds |= dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return LongConvPlan(splits, "fast" if rounds else "accurate")
 
 
 def long_conv_step(
@@ -131,6 +155,54 @@ def long_conv_torch(
     )
 
 
+def long_conv_triton(
+    u: Tensor,
+    filter: Tensor,
+    *,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    skip: Tensor | None = None,
+    short_filters: Tensor | None = None,
+    short_bias: Tensor | None = None,
+    history: Tensor | None = None,
+    chosen: LongConvPlan | None = None,
+) -> Tensor:
+    """Our Triton kernels; arguments and result as in `long_conv`, `chosen` its plan.
+
+    With a history the gates are applied before and after the kernel, not within.
+    """
+    module = kernels("long_conv", u)
+    if history is not None:
+        z = u if pre_gate is None else u * pre_gate
+        z = torch.cat([history, z], 2)
+        y = long_conv_triton(z, filter, skip=skip, chosen=chosen)[:, :, history.shape[2] :]
+        return y if post_gate is None else y * post_gate
+    B, D, T = u.shape
+    chosen = plan((B, D, T), u.dtype, u.device) if chosen is None else chosen
+    if chosen.splits < 1 or chosen.precision not in ("accurate", "fast"):
+        raise ValueError(
+            "long_conv: a plan has one split at least, and precision 'accurate' or 'fast', got "
+            f"{chosen}"
+        )
+    accurate = chosen.precision == "accurate"
+    tensors = (u, filter[:, :T], pre_gate, post_gate, skip, short_filters, short_bias)
+    return module.long_conv_op(*tensors, chosen.splits, accurate)
+
+
+def long_conv_step_triton(
+    u: Tensor,
+    taps: Tensor,
+    history: Tensor,
+    *,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`long_conv_step` as one Triton kernel."""
+    module = kernels("long_conv", u)
+    return module.long_conv_step_op(u, taps, history, pre_gate, post_gate, skip)
+
+
 def fft_length(new_tokens: int, context: int = 0) -> int:
     """The smallest even 5-smooth N at which nothing that wraps around reaches a wanted value.
 
@@ -158,6 +230,7 @@ def long_conv(
     short_filters: Tensor | None = None,
     short_bias: Tensor | None = None,
     history: Tensor | None = None,
+    plan: LongConvPlan | None = None,
     backend: Backend,
 ) -> Tensor:
     """Gated causal convolution of every channel with a filter as long as the sequence.
@@ -174,18 +247,25 @@ def long_conv(
             u, in this order, the last tap on the current token. Needs both gates.
         short_bias: (3, D), added to the short convolutions.
         history: (B, D, S), the convolution's input (pre_gate * u) before u's first token.
-        backend: "reference" or "torch".
+        plan: the variant of the Triton kernels; None means what `archs.ops.long_conv.plan` chooses.
+        backend: "reference", "torch" or "triton" (for its precision see
+            `archs.ops.long_conv_kernel`).
 
     Returns:
         y (B, D, T) in u's type.
 
     Raises:
         ValueError: shapes or types do not fit, short_filters together with history (the short
-            convolutions would need a history of their own), or an unknown backend.
+            convolutions would need a history of their own), or the backend is unknown, or has no
+            plans.
         BackendUnavailableError: the backend cannot run here.
     """
     tensors = _Tensors(u, filter, pre_gate, post_gate, skip, short_filters, short_bias, history)
     _validate(tensors)
+    if backend == "triton":
+        return long_conv_triton(**tensors._asdict(), chosen=plan)
+    if plan is not None:
+        raise ValueError(f"long_conv: plan is for backend 'triton', got backend {backend!r}")
     if backend == "reference":
         return long_conv_reference(**tensors._asdict())
     if backend == "torch":

@@ -19,17 +19,22 @@ def segments_that_fill(programs: int, tokens: int, device: torch.device | str) -
     """One pass where it has a program for each multiprocessor, else segments that make four.
 
     Segments read the sequence once more, so few are not worth it, nor short ones. Arithmetic, not
-    measured. On a CPU (in Triton's interpreter) as for an H100.
+    measured.
 
     Args:
         programs: how many run side by side in one pass.
         tokens: T.
         device: where the kernels run.
     """
-    device = torch.device(device)
-    multiprocessors = H100_MULTIPROCESSORS
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    if programs >= multiprocessors:
+    available = multiprocessors(device)
+    if programs >= available:
         return Plan(1)
-    return Plan(max(1, min(-(-PROGRAMS * multiprocessors // programs), tokens // FEWEST_TOKENS)))
+    return Plan(max(1, min(-(-PROGRAMS * available // programs), tokens // FEWEST_TOKENS)))
+
+
+def multiprocessors(device: torch.device | str) -> int:
+    """Of a GPU; of a CPU, where Triton's interpreter runs, those of an H100."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return H100_MULTIPROCESSORS

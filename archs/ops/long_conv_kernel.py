@@ -1,0 +1,358 @@
+"""Triton kernels of the gated long convolution as operations of PyTorch.
+
+See `archs.ops.long_conv` for the definition.
+
+Transform. A causal convolution of T tokens needs a cyclic one of 2 T. For real signals half of that
+does: with N >= T, transforms at the frequencies (k - 1/4) / N, as if each signal were multiplied
+by exp(i pi n / 2 N) before a transform of length N. What wraps around then comes back with a
+factor i, and the real part is the causal convolution ("right-angle convolution": Crandall and
+Fagin 1994, "Discrete weighted transforms and large-integer arithmetic"). Rows of the batch stay
+apart, none is packed into another's imaginary part. A transform of N = N1 N2 is two matrix
+products on the tensor cores with twiddles between (Bailey's four steps; as in FlashFFTConv, Fu et
+al. 2023, arXiv 2311.05908); of the first product the input, of the last the output is real.
+
+Forward. One program a channel forms the transform of its filter, the skip in the first tap, and
+keeps it in registers while it goes over the rows of the batch: short convolutions, gates, both
+transforms, gate. Nothing but y is written.
+
+Backward. One program a channel again. For each row it forms the transforms of the convolution's
+input and of its output's gradient; from these the post_gate's gradient, the filter's, summed over
+rows, and the input's. Short convolutions are then undone in the same program. What it keeps
+between these parts is small, and its own.
+
+Numerics. The products take float16 operands, sum in float32 and are exact to float32 elsewhere.
+Every signal is first brought to at most 1 by a power of two, and the tables have orthonormal rows,
+so that nothing overflows. "fast" rounds each operand to float16: outputs err by 5e-4 (bfloat16,
+which has no such room to spare, would err by 4e-3, and tf32, as tensor cores truncate it, by 3e-3).
+"accurate" takes each operand as a sum of two float16 numbers and forms three products for one:
+outputs err by 4e-7, as in float32. An error is relative to the largest value of a row: an outlier
+costs the others of its row precision, and later tokens reach earlier ones by rounding, as in every
+transform; other rows and channels are not touched.
+
+Letters: B batch, D channels, T tokens, N1 and N2 the factors of a transform's length.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from archs.ops.long_conv_backward_kernel import long_conv_backward_kernel
+from archs.ops.long_conv_forward_kernel import (
+    long_conv_forward_kernel,
+    long_conv_step_kernel,
+)
+
+# The longest N1 N2 with its N1, N2 and warps: where a tensor (N1, N2) takes 16 registers, all else
+# fits in the remaining ones. N1 of 64 is the smallest for an H100's own matrix instructions.
+SIZES = (
+    (256, 16, 16, 4),
+    (512, 32, 16, 4),
+    (1024, 64, 16, 4),
+    (2048, 64, 32, 4),
+    (4096, 128, 32, 8),
+)
+
+STEP_ROWS, STEP_NUMBERS = 16, 4096  # of the batch and in all, that a program of the step sums
+
+
+@torch.library.custom_op("seqscale::long_conv", mutates_args=())
+def long_conv_op(
+    u: Tensor,
+    filter: Tensor,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    skip: Tensor | None,
+    short_filters: Tensor | None,
+    short_bias: Tensor | None,
+    splits: int,
+    accurate: bool,
+) -> Tensor:
+    """The forward pass; arguments as in `archs.ops.long_conv`, a filter of T taps.
+
+    `splits` is how many programs share the rows of a channel.
+    """
+    u, filter, pre, post, _ = _in_rows(u, filter, pre_gate, post_gate, u)
+    B, D, T = u.shape
+    splits, rows = _splits(B, splits)
+    N1, N2, warps = _size(T)
+    y = torch.empty_like(u)
+    long_conv_forward_kernel[(splits * D,)](
+        u,
+        pre,
+        post,
+        filter,
+        *_contiguous(skip, short_filters, short_bias),
+        *_tables(N1, N2, accurate, u.device),
+        y,
+        T,
+        B,
+        D,
+        rows,
+        *_strides(u),
+        *_strides(pre),
+        *_strides(post),
+        filter.stride(0),
+        *_strides(y),
+        N1=N1,
+        N2=N2,
+        PARTS=2 if accurate else 1,
+        num_warps=warps,
+        num_stages=1,
+    )
+    return y
+
+
+@torch.library.custom_op("seqscale::long_conv_backward", mutates_args=())
+def long_conv_backward_op(
+    dy: Tensor,
+    u: Tensor,
+    filter: Tensor,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    skip: Tensor | None,
+    short_filters: Tensor | None,
+    short_bias: Tensor | None,
+    splits: int,
+    accurate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass: the gradients of all tensors, of missing ones empty."""
+    u, filter, pre, post, dy = _in_rows(u, filter, pre_gate, post_gate, dy)
+    B, D, T = u.shape
+    splits, rows = _splits(B, splits)
+    N1, N2, warps = _size(T)
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=u.device)
+
+    d_signals = [torch.empty_like(u) if x is not None else None for x in (u, pre, post)]
+    d_taps = empty(splits, D, T)
+    d_short = None if short_filters is None else empty(splits, D, 3, 4)
+    long_conv_backward_kernel[(splits * D,)](
+        u,
+        pre,
+        post,
+        filter,
+        *_contiguous(skip, short_filters, short_bias),
+        *_tables(N1, N2, accurate, u.device),
+        dy,
+        empty(splits * D, 6, N1, N2),
+        empty(0 if short_filters is None else splits * D, 3, N1, N2),
+        *d_signals,
+        d_taps,
+        d_short,
+        T,
+        B,
+        D,
+        rows,
+        *_strides(u),
+        *_strides(pre),
+        *_strides(post),
+        filter.stride(0),
+        *_strides(dy),
+        *_strides(d_signals[0]),
+        N1=N1,
+        N2=N2,
+        PARTS=2 if accurate else 1,
+        FULL=N1 * N2 == T,
+        num_warps=warps,
+        num_stages=1,
+    )
+    d_filter = d_taps[0] if splits == 1 else d_taps.sum(0)
+    sums = None if d_short is None else d_short.sum(0).transpose(0, 1)  # (3, D, 4)
+    d_parameters = (
+        None if x is None else d.to(x.dtype, copy=True)
+        for x, d in (
+            (skip, d_filter[:, 0]),
+            (short_filters, None if sums is None else sums[:, :, :3]),
+            (short_bias, None if sums is None else sums[:, :, 3]),
+        )
+    )
+    d_u, *d_gates = d_signals
+    found = (u.new_empty(0) if d is None else d for d in (*d_gates, *d_parameters))
+    return d_u, d_filter.to(filter.dtype), *found
+
+
+def _in_rows(u: Tensor, filter: Tensor, *signals: Tensor | None) -> list[Any]:
+    """As they are where tokens lie side by side, else copies."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (u, filter, *signals)]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _strides(signal: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if signal is None else (signal.stride(0), signal.stride(1))
+
+
+def _splits(B: int, splits: int) -> tuple[int, int]:
+    """How many splits of a batch there are, none empty, and the rows of each but the last."""
+    rows = triton.cdiv(B, splits)
+    return triton.cdiv(B, rows), rows
+
+
+def _size(T: int) -> tuple[int, int, int]:
+    """N1, N2 and warps for T tokens."""
+    return next(sizes[1:] for sizes in SIZES if sizes[0] >= T)
+
+
+@cache
+def _tables(
+    N1: int, N2: int, accurate: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the transform: f1 (parts, 2, N1, N1), twiddles (2, N1, N2), f2 (parts, 2, N2, N2)."""
+    one, two = (torch.arange(n, dtype=torch.float64) for n in (N1, N2))
+    f1 = _turns(torch.outer(one - 0.25, one) / N1) / math.sqrt(N1)
+    f2 = _turns(torch.outer(two, two) / N2) / math.sqrt(N2)
+    twiddles = _turns(torch.outer(one - 0.25, two) / (N1 * N2))
+    f1, f2 = (_parts(x, accurate).to(device) for x in (f1, f2))
+    return f1, twiddles.float().to(device), f2
+
+
+def _turns(x: Tensor) -> Tensor:
+    """exp(-2 pi i x), of x in float64: real and imaginary part."""
+    angle = -2 * math.pi * x
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def _parts(x: Tensor, accurate: bool) -> Tensor:
+    """float64 as float16, and 2^11 times what is then missing."""
+    main = x.half()
+    return torch.stack([main, ((x - main) * 2**11).half()]) if accurate else main
+
+
+@long_conv_op.register_fake
+def _(u, filter, pre_gate, post_gate, skip, short_filters, short_bias, splits, accurate):
+    return torch.empty_like(u if u.stride(-1) == 1 else u.contiguous())
+
+
+@long_conv_backward_op.register_fake
+def _(dy, u, filter, pre_gate, post_gate, skip, short_filters, short_bias, splits, accurate):
+    signal = u if u.stride(-1) == 1 else u.contiguous()
+    missing = u.new_empty(0)
+    return (
+        torch.empty_like(signal),
+        filter.new_empty(filter.shape),
+        *(missing if x is None else torch.empty_like(signal) for x in (pre_gate, post_gate)),
+        *(
+            missing if x is None else x.new_empty(x.shape)
+            for x in (skip, short_filters, short_bias)
+        ),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.splits, ctx.accurate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    found = long_conv_backward_op(dy, *tensors, ctx.splits, ctx.accurate)
+    gradients = (None if x is None else d for x, d in zip(tensors, found, strict=True))
+    return *gradients, None, None
+
+
+long_conv_op.register_autograd(_differentiate, setup_context=_setup)
+
+
+@torch.library.custom_op("seqscale::long_conv_step", mutates_args=())
+def long_conv_step_op(
+    u: Tensor,
+    taps: Tensor,
+    history: Tensor,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token; arguments and results as `archs.ops.long_conv.long_conv_step`."""
+    taps, history = (x if x.stride(-1) == 1 else x.contiguous() for x in (taps, history))
+    u, pre, post, skip = (
+        None if x is None else x.contiguous() for x in (u, pre_gate, post_gate, skip)
+    )
+    B, D = u.shape
+    y, z = torch.empty_like(u), torch.empty_like(u)
+    rows = min(STEP_ROWS, triton.next_power_of_2(B))
+    long_conv_step_kernel[(D * triton.cdiv(B, rows),)](
+        u,
+        taps,
+        history,
+        pre,
+        post,
+        skip,
+        y,
+        z,
+        history.shape[2],
+        B,
+        D,
+        taps.stride(0),
+        *_strides(history),
+        ROWS=rows,
+        BLOCK=STEP_NUMBERS // rows,
+        num_warps=4,
+    )
+    return y, z
+
+
+@long_conv_step_op.register_fake
+def _(u, taps, history, pre_gate, post_gate, skip):
+    return u.new_empty(u.shape), u.new_empty(u.shape)
+
+
+def _setup_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_step(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    """In PyTorch, in float32."""
+    u, taps, history, pre, post, skip = ctx.saved_tensors
+    wide = [None if x is None else x.float() for x in (u, taps, history, pre, post, skip, dy, dz)]
+    u_, taps_, history_, pre_, post_, skip_, dy, dz = wide
+    z = u_ if pre_ is None else u_ * pre_
+    own = taps_[:, -1] if skip_ is None else taps_[:, -1] + skip_
+    d_post = None
+    d_sum = dy
+    if post_ is not None:
+        d_post = dy * (torch.einsum("ds,bds->bd", taps_[:, :-1], history_) + own * z)
+        d_sum = dy * post_
+    d_z = dz + own * d_sum
+    d_own = (d_sum * z).sum(0)
+    d_past = torch.einsum("bd,bds->ds", d_sum, history_)
+    gradients = (
+        d_z if pre_ is None else d_z * pre_,
+        torch.cat([d_past, d_own.unsqueeze(1)], 1),
+        taps_[:, :-1] * d_sum.unsqueeze(2),
+        None if pre_ is None else d_z * u_,
+        d_post,
+        None if skip_ is None else d_own,
+    )
+    tensors = ctx.saved_tensors
+    return tuple(
+        None if x is None else d.to(x.dtype) for x, d in zip(tensors, gradients, strict=True)
+    )
+
+
+long_conv_step_op.register_autograd(_differentiate_step, setup_context=_setup_step)
+
+
+@register_flop_formula(torch.ops.seqscale.long_conv)
+def _flops(u_shape: Any, *_: Any, **__: Any) -> int:
+    """Of the transforms of length 2 T, as `archs.hyena` counts them: two a row, one a filter."""
+    B, D, T = u_shape
+    fft = round(2.5 * 2 * T * math.log2(2 * T))
+    return D * (B * (2 * fft + 6 * T) + fft)
+
+
+@register_flop_formula(torch.ops.seqscale.long_conv_backward)
+def _backward_flops(dy_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(dy_shape)
+
+
+@register_flop_formula(torch.ops.seqscale.long_conv_step)
+def _step_flops(u_shape: Any, taps_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * u_shape[0] * math.prod(taps_shape)
