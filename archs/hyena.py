@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from archs.block import Block, BlockConfig, BlockOutput, Carry, parameter_bytes, recurrent_dtype
 from archs.ops import Backend
-from archs.ops.long_conv import long_conv, long_conv_step
+from archs.ops.long_conv import long_conv, long_conv_step, long_conv_step_triton
 from archs.ops.long_conv_lazy import DIRECT_TILE, add_tiles, long_conv_lazy_step, tile_filter
 from archs.ops.short_conv import short_conv
 
@@ -276,12 +276,13 @@ class HyenaBlock(Block):
         signals, tail = self._short(self.in_proj(self.operator_norm(x)).unsqueeze(1), state)
         gates, v = self._split(signals.squeeze(1))
         taps = self.filter.reversed_taps(end if state.pending is None else 1, record=record)
+        direct = long_conv_step_triton if self.backend == "triton" else long_conv_step
         zs = []
         for o, gate in enumerate(reversed(gates[1:])):
             gated = {"pre_gate": gate, "skip": self.skip[o]}
             if state.pending is None:
                 history = state.history[o, :, :, : state.position]
-                v, z = long_conv_step(v, taps[o], history, **gated)
+                v, z = direct(v, taps[o], history, **gated)
             else:
                 owed = state.pending[o, :, :, state.position]
                 v, z = long_conv_lazy_step(v, taps[o, :, 0], owed, **gated)
