@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, kernels, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
 from archs.ops.plan import multiprocessors
 from archs.ops.short_conv import short_conv_reference
 
@@ -183,6 +183,11 @@ def long_conv_triton(
         raise ValueError(
             "long_conv: a plan has one split at least, and precision 'accurate' or 'fast', got "
             f"{chosen}"
+        )
+    if module.MOST_TOKENS < T:
+        raise BackendUnavailableError(
+            f"long_conv: backend 'triton' has kernels for up to {module.MOST_TOKENS:,} tokens, got "
+            f"{T:,}: use backend='torch'"
         )
     accurate = chosen.precision == "accurate"
     tensors = (u, filter[:, :T], pre_gate, post_gate, skip, short_filters, short_bias)

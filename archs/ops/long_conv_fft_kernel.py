@@ -49,11 +49,34 @@ def product(a, a_rest, b, b_rest, added, PARTS: tl.constexpr):
 def spectrum(x, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr):
     """The transform (N1, N2) of a real signal (N1, N2), its real and imaginary part."""
     f1_re, f1_re_rest, f1_im, f1_im_rest = f1
-    f2_re, f2_re_rest, f2_im, f2_im_rest = f2
     zero = tl.zeros((N1, N2), tl.float32)
     x, x_rest = parts(x, PARTS)
     a_re = product(f1_re, f1_re_rest, x, x_rest, zero, PARTS)
     a_im = product(f1_im, f1_im_rest, x, x_rest, zero, PARTS)
+    return second_half(a_re, a_im, f2, TWIDDLES, N1, N2, PARTS)
+
+
+@triton.jit
+def complex_spectrum(
+    re, im, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr
+):
+    """As `spectrum`, of a complex signal."""
+    f1_re, f1_re_rest, f1_im, f1_im_rest = f1
+    zero = tl.zeros((N1, N2), tl.float32)
+    re, re_rest = parts(re, PARTS)
+    im, im_rest = parts(im, PARTS)
+    a_re = product(f1_re, f1_re_rest, re, re_rest, zero, PARTS)
+    a_re -= product(f1_im, f1_im_rest, im, im_rest, zero, PARTS)
+    a_im = product(f1_re, f1_re_rest, im, im_rest, zero, PARTS)
+    a_im = product(f1_im, f1_im_rest, re, re_rest, a_im, PARTS)
+    return second_half(a_re, a_im, f2, TWIDDLES, N1, N2, PARTS)
+
+
+@triton.jit
+def second_half(a_re, a_im, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr):
+    """Of a transform: twiddles and the product with f2."""
+    f2_re, f2_re_rest, f2_im, f2_im_rest = f2
+    zero = tl.zeros((N1, N2), tl.float32)
     t_re, t_im = load_twiddles(TWIDDLES, N1, N2)
     b_re, b_re_rest = parts(a_re * t_re - a_im * t_im, PARTS)
     b_im, b_im_rest = parts(a_re * t_im + a_im * t_re, PARTS)
@@ -68,6 +91,36 @@ def spectrum(x, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.
 def signal(z_re, z_im, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr):
     """The real part of the signal (N1, N2) that has the transform (N1, N2) given."""
     f1_re, f1_re_rest, f1_im, f1_im_rest = f1
+    zero = tl.zeros((N1, N2), tl.float32)
+    a_re, a_im = second_half_undone(z_re, z_im, f2, TWIDDLES, N1, N2, PARTS)
+    a_re, a_re_rest = parts(a_re, PARTS)
+    a_im, a_im_rest = parts(a_im, PARTS)
+    x = product(tl.trans(f1_re), tl.trans(f1_re_rest), a_re, a_re_rest, zero, PARTS)
+    return product(tl.trans(f1_im), tl.trans(f1_im_rest), a_im, a_im_rest, x, PARTS)
+
+
+@triton.jit
+def complex_signal(
+    z_re, z_im, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr
+):
+    """As `signal`, the real and the imaginary part."""
+    f1_re, f1_re_rest, f1_im, f1_im_rest = f1
+    zero = tl.zeros((N1, N2), tl.float32)
+    a_re, a_im = second_half_undone(z_re, z_im, f2, TWIDDLES, N1, N2, PARTS)
+    a_re, a_re_rest = parts(a_re, PARTS)
+    a_im, a_im_rest = parts(a_im, PARTS)
+    re = product(tl.trans(f1_re), tl.trans(f1_re_rest), a_re, a_re_rest, zero, PARTS)
+    re = product(tl.trans(f1_im), tl.trans(f1_im_rest), a_im, a_im_rest, re, PARTS)
+    im = product(tl.trans(f1_re), tl.trans(f1_re_rest), a_im, a_im_rest, zero, PARTS)
+    im -= product(tl.trans(f1_im), tl.trans(f1_im_rest), a_re, a_re_rest, zero, PARTS)
+    return re, im
+
+
+@triton.jit
+def second_half_undone(
+    z_re, z_im, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PARTS: tl.constexpr
+):
+    """The inverse of `second_half`."""
     f2_re, f2_re_rest, f2_im, f2_im_rest = f2
     zero = tl.zeros((N1, N2), tl.float32)
     z_re, z_re_rest = parts(z_re, PARTS)
@@ -77,10 +130,7 @@ def signal(z_re, z_im, f1, f2, TWIDDLES, N1: tl.constexpr, N2: tl.constexpr, PAR
     b_im = product(z_im, z_im_rest, f2_re, f2_re_rest, zero, PARTS)
     b_im = product(-z_re, -z_re_rest, f2_im, f2_im_rest, b_im, PARTS)
     t_re, t_im = load_twiddles(TWIDDLES, N1, N2)
-    a_re, a_re_rest = parts(b_re * t_re + b_im * t_im, PARTS)
-    a_im, a_im_rest = parts(b_im * t_re - b_re * t_im, PARTS)
-    x = product(tl.trans(f1_re), tl.trans(f1_re_rest), a_re, a_re_rest, zero, PARTS)
-    return product(tl.trans(f1_im), tl.trans(f1_im_rest), a_im, a_im_rest, x, PARTS)
+    return b_re * t_re + b_im * t_im, b_im * t_re - b_re * t_im
 
 
 @triton.jit

@@ -20,10 +20,14 @@ input and of its output's gradient; from these the post_gate's gradient, the fil
 rows, and the input's. Short convolutions are then undone in the same program. What it keeps
 between these parts is small, and its own.
 
+More tokens than a tile has (4,096). The same convolution, the transform split once more: see
+`archs.ops.long_conv_split_kernel`.
+
 Numerics. The products take float16 operands, sum in float32 and are exact to float32 elsewhere.
 Every signal is first brought to at most 1 by a power of two, and the tables have orthonormal rows,
-so that nothing overflows. "fast" rounds each operand to float16: outputs err by 5e-4 (bfloat16,
-which has no such room to spare, would err by 4e-3, and tf32, as tensor cores truncate it, by 3e-3).
+so that nothing overflows. "fast" rounds each operand to float16: outputs err by 5e-4, from
+8,192 tokens on by 1e-3 (bfloat16, which has no such room to spare, would err by 4e-3, and tf32, as
+tensor cores truncate it, by 3e-3).
 "accurate" takes each operand as a sum of two float16 numbers and forms three products for one:
 outputs err by 4e-7, as in float32. An error is relative to the largest value of a row: an outlier
 costs the others of its row precision, and later tokens reach earlier ones by rounding, as in every
@@ -33,7 +37,6 @@ Letters: B batch, D channels, T tokens, N1 and N2 the factors of a transform's l
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,6 +49,8 @@ from archs.ops.long_conv_forward_kernel import (
     long_conv_forward_kernel,
     long_conv_step_kernel,
 )
+from archs.ops.long_conv_split_kernel import split_backward, split_forward
+from archs.ops.long_conv_tables import inner_tables
 
 # The longest N1 N2 with its N1, N2 and warps: where a tensor (N1, N2) takes 16 registers, all else
 # fits in the remaining ones. N1 of 64 is the smallest for an H100's own matrix instructions.
@@ -56,6 +61,9 @@ SIZES = (
     (2048, 64, 32, 4),
     (4096, 128, 32, 8),
 )
+TILE_TOKENS = 4096  # the most; beyond, a transform is split
+MOST_TOKENS = 2**20
+SHIFT = 0.25  # of the frequencies
 
 STEP_ROWS, STEP_NUMBERS = 16, 4096  # of the batch and in all, that a program of the step sums
 
@@ -78,6 +86,9 @@ def long_conv_op(
     """
     u, filter, pre, post, _ = _in_rows(u, filter, pre_gate, post_gate, u)
     B, D, T = u.shape
+    parameters = _contiguous(skip, short_filters, short_bias)
+    if T > TILE_TOKENS:
+        return split_forward(u, filter, pre, post, *parameters, accurate)
     splits, rows = _splits(B, splits)
     N1, N2, warps = _size(T)
     y = torch.empty_like(u)
@@ -86,8 +97,8 @@ def long_conv_op(
         pre,
         post,
         filter,
-        *_contiguous(skip, short_filters, short_bias),
-        *_tables(N1, N2, accurate, u.device),
+        *parameters,
+        *inner_tables(N1, N2, SHIFT, accurate, u.device),
         y,
         T,
         B,
@@ -122,6 +133,37 @@ def long_conv_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass: the gradients of all tensors, of missing ones empty."""
     u, filter, pre, post, dy = _in_rows(u, filter, pre_gate, post_gate, dy)
+    parameters = _contiguous(skip, short_filters, short_bias)
+    if u.shape[2] > TILE_TOKENS:
+        found = split_backward(dy, u, filter, pre, post, *parameters, accurate)
+    else:
+        found = _tile_backward(dy, u, filter, pre, post, *parameters, splits, accurate)
+    (d_u, *d_gates), d_taps, d_short = found
+    d_parameters = (
+        None if x is None else d.to(x.dtype, copy=True)
+        for x, d in (
+            (skip, d_taps[:, 0]),
+            (short_filters, None if d_short is None else d_short[:, :, :3]),
+            (short_bias, None if d_short is None else d_short[:, :, 3]),
+        )
+    )
+    gradients = (u.new_empty(0) if d is None else d for d in (*d_gates, *d_parameters))
+    return d_u, d_taps.to(filter.dtype), *gradients
+
+
+def _tile_backward(
+    dy: Tensor,
+    u: Tensor,
+    filter: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    skip: Tensor | None,
+    short_filters: Tensor | None,
+    short_bias: Tensor | None,
+    splits: int,
+    accurate: bool,
+) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
+    """Gradients of u, pre and post; of the taps (D, T); of short filters and bias (3, D, 4)."""
     B, D, T = u.shape
     splits, rows = _splits(B, splits)
     N1, N2, warps = _size(T)
@@ -137,8 +179,10 @@ def long_conv_backward_op(
         pre,
         post,
         filter,
-        *_contiguous(skip, short_filters, short_bias),
-        *_tables(N1, N2, accurate, u.device),
+        skip,
+        short_filters,
+        short_bias,
+        *inner_tables(N1, N2, SHIFT, accurate, u.device),
         dy,
         empty(splits * D, 6, N1, N2),
         empty(0 if short_filters is None else splits * D, 3, N1, N2),
@@ -162,19 +206,8 @@ def long_conv_backward_op(
         num_warps=warps,
         num_stages=1,
     )
-    d_filter = d_taps[0] if splits == 1 else d_taps.sum(0)
     sums = None if d_short is None else d_short.sum(0).transpose(0, 1)  # (3, D, 4)
-    d_parameters = (
-        None if x is None else d.to(x.dtype, copy=True)
-        for x, d in (
-            (skip, d_filter[:, 0]),
-            (short_filters, None if sums is None else sums[:, :, :3]),
-            (short_bias, None if sums is None else sums[:, :, 3]),
-        )
-    )
-    d_u, *d_gates = d_signals
-    found = (u.new_empty(0) if d is None else d for d in (*d_gates, *d_parameters))
-    return d_u, d_filter.to(filter.dtype), *found
+    return d_signals, d_taps[0] if splits == 1 else d_taps.sum(0), sums
 
 
 def _in_rows(u: Tensor, filter: Tensor, *signals: Tensor | None) -> list[Any]:
@@ -199,31 +232,6 @@ def _splits(B: int, splits: int) -> tuple[int, int]:
 def _size(T: int) -> tuple[int, int, int]:
     """N1, N2 and warps for T tokens."""
     return next(sizes[1:] for sizes in SIZES if sizes[0] >= T)
-
-
-@cache
-def _tables(
-    N1: int, N2: int, accurate: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the transform: f1 (parts, 2, N1, N1), twiddles (2, N1, N2), f2 (parts, 2, N2, N2)."""
-    one, two = (torch.arange(n, dtype=torch.float64) for n in (N1, N2))
-    f1 = _turns(torch.outer(one - 0.25, one) / N1) / math.sqrt(N1)
-    f2 = _turns(torch.outer(two, two) / N2) / math.sqrt(N2)
-    twiddles = _turns(torch.outer(one - 0.25, two) / (N1 * N2))
-    f1, f2 = (_parts(x, accurate).to(device) for x in (f1, f2))
-    return f1, twiddles.float().to(device), f2
-
-
-def _turns(x: Tensor) -> Tensor:
-    """exp(-2 pi i x), of x in float64: real and imaginary part."""
-    angle = -2 * math.pi * x
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def _parts(x: Tensor, accurate: bool) -> Tensor:
-    """float64 as float16, and 2^11 times what is then missing."""
-    main = x.half()
-    return torch.stack([main, ((x - main) * 2**11).half()]) if accurate else main
 
 
 @long_conv_op.register_fake
