@@ -25,7 +25,7 @@ More tokens than a tile has (4,096). The same convolution, the transform split o
 
 Numerics. The products take float16 operands, sum in float32 and are exact to float32 elsewhere.
 Every signal is first brought to at most 1 by a power of two, and the tables have orthonormal rows,
-so that nothing overflows. "fast" rounds each operand to float16: outputs err by 5e-4, from
+so that nothing overflows. "fast" rounds each operand to float16: outputs err by 7e-4, from
 8,192 tokens on by 1e-3 (bfloat16, which has no such room to spare, would err by 4e-3, and tf32, as
 tensor cores truncate it, by 3e-3).
 "accurate" takes each operand as a sum of two float16 numbers and forms three products for one:
@@ -44,27 +44,11 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from archs.ops.long_conv_backward_kernel import long_conv_backward_kernel
-from archs.ops.long_conv_forward_kernel import (
-    long_conv_forward_kernel,
-    long_conv_step_kernel,
-)
+from archs.ops.long_conv_forward_kernel import long_conv_step_kernel
 from archs.ops.long_conv_split_kernel import split_backward, split_forward
-from archs.ops.long_conv_tables import inner_tables
+from archs.ops.long_conv_tile_kernel import TILE_TOKENS, tile_backward, tile_forward
 
-# The longest N1 N2 with its N1, N2 and warps: where a tensor (N1, N2) takes 16 registers, all else
-# fits in the remaining ones. N1 of 64 is the smallest for an H100's own matrix instructions.
-SIZES = (
-    (256, 16, 16, 4),
-    (512, 32, 16, 4),
-    (1024, 64, 16, 4),
-    (2048, 64, 32, 4),
-    (4096, 128, 32, 8),
-)
-TILE_TOKENS = 4096  # the most; beyond, a transform is split
 MOST_TOKENS = 2**20
-SHIFT = 0.25  # of the frequencies
-
 STEP_ROWS, STEP_NUMBERS = 16, 4096  # of the batch and in all, that a program of the step sums
 
 
@@ -85,36 +69,12 @@ def long_conv_op(
     `splits` is how many programs share the rows of a channel.
     """
     u, filter, pre, post, _ = _in_rows(u, filter, pre_gate, post_gate, u)
-    B, D, T = u.shape
     parameters = _contiguous(skip, short_filters, short_bias)
-    if T > TILE_TOKENS:
-        return split_forward(u, filter, pre, post, *parameters, accurate)
-    splits, rows = _splits(B, splits)
-    N1, N2, warps = _size(T)
-    y = torch.empty_like(u)
-    long_conv_forward_kernel[(splits * D,)](
-        u,
-        pre,
-        post,
-        filter,
-        *parameters,
-        *inner_tables(N1, N2, SHIFT, accurate, u.device),
-        y,
-        T,
-        B,
-        D,
-        rows,
-        *_strides(u),
-        *_strides(pre),
-        *_strides(post),
-        filter.stride(0),
-        *_strides(y),
-        N1=N1,
-        N2=N2,
-        PARTS=2 if accurate else 1,
-        num_warps=warps,
-        num_stages=1,
-    )
+    y = _empty_like(u)
+    if u.shape[2] > TILE_TOKENS:
+        split_forward(u, filter, pre, post, *parameters, y, accurate)
+    else:
+        tile_forward(u, filter, pre, post, *parameters, y, splits, accurate)
     return y
 
 
@@ -134,13 +94,16 @@ def long_conv_backward_op(
     """The backward pass: the gradients of all tensors, of missing ones empty."""
     u, filter, pre, post, dy = _in_rows(u, filter, pre_gate, post_gate, dy)
     parameters = _contiguous(skip, short_filters, short_bias)
+    d_u, *d_gates = [None if x is None else _empty_like(u) for x in (u, pre, post)]
     if u.shape[2] > TILE_TOKENS:
-        found = split_backward(dy, u, filter, pre, post, *parameters, accurate)
+        found = split_backward(dy, u, filter, pre, post, *parameters, d_u, *d_gates, accurate)
     else:
-        found = _tile_backward(dy, u, filter, pre, post, *parameters, splits, accurate)
-    (d_u, *d_gates), d_taps, d_short = found
+        found = tile_backward(
+            dy, u, filter, pre, post, *parameters, d_u, *d_gates, splits, accurate
+        )
+    d_taps, d_short = found
     d_parameters = (
-        None if x is None else d.to(x.dtype, copy=True)
+        None if x is None else x.new_empty(x.shape).copy_(d)
         for x, d in (
             (skip, d_taps[:, 0]),
             (short_filters, None if d_short is None else d_short[:, :, :3]),
@@ -151,104 +114,35 @@ def long_conv_backward_op(
     return d_u, d_taps.to(filter.dtype), *gradients
 
 
-def _tile_backward(
-    dy: Tensor,
-    u: Tensor,
-    filter: Tensor,
-    pre: Tensor | None,
-    post: Tensor | None,
-    skip: Tensor | None,
-    short_filters: Tensor | None,
-    short_bias: Tensor | None,
-    splits: int,
-    accurate: bool,
-) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
-    """Gradients of u, pre and post; of the taps (D, T); of short filters and bias (3, D, 4)."""
-    B, D, T = u.shape
-    splits, rows = _splits(B, splits)
-    N1, N2, warps = _size(T)
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=u.device)
-
-    d_signals = [torch.empty_like(u) if x is not None else None for x in (u, pre, post)]
-    d_taps = empty(splits, D, T)
-    d_short = None if short_filters is None else empty(splits, D, 3, 4)
-    long_conv_backward_kernel[(splits * D,)](
-        u,
-        pre,
-        post,
-        filter,
-        skip,
-        short_filters,
-        short_bias,
-        *inner_tables(N1, N2, SHIFT, accurate, u.device),
-        dy,
-        empty(splits * D, 6, N1, N2),
-        empty(0 if short_filters is None else splits * D, 3, N1, N2),
-        *d_signals,
-        d_taps,
-        d_short,
-        T,
-        B,
-        D,
-        rows,
-        *_strides(u),
-        *_strides(pre),
-        *_strides(post),
-        filter.stride(0),
-        *_strides(dy),
-        *_strides(d_signals[0]),
-        N1=N1,
-        N2=N2,
-        PARTS=2 if accurate else 1,
-        FULL=N1 * N2 == T,
-        num_warps=warps,
-        num_stages=1,
-    )
-    sums = None if d_short is None else d_short.sum(0).transpose(0, 1)  # (3, D, 4)
-    return d_signals, d_taps[0] if splits == 1 else d_taps.sum(0), sums
-
-
-def _in_rows(u: Tensor, filter: Tensor, *signals: Tensor | None) -> list[Any]:
+def _in_rows(*signals: Tensor | None) -> list[Any]:
     """As they are where tokens lie side by side, else copies."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (u, filter, *signals)]
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in signals]
+
+
+def _empty_like(signal: Tensor) -> Tensor:
+    """In its strides, but with tokens side by side also where rows of `signal` overlap."""
+    empty = torch.empty_like(signal)
+    return empty if empty.stride(-1) == 1 else empty.contiguous()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _strides(signal: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if signal is None else (signal.stride(0), signal.stride(1))
-
-
-def _splits(B: int, splits: int) -> tuple[int, int]:
-    """How many splits of a batch there are, none empty, and the rows of each but the last."""
-    rows = triton.cdiv(B, splits)
-    return triton.cdiv(B, rows), rows
-
-
-def _size(T: int) -> tuple[int, int, int]:
-    """N1, N2 and warps for T tokens."""
-    return next(sizes[1:] for sizes in SIZES if sizes[0] >= T)
-
-
 @long_conv_op.register_fake
 def _(u, filter, pre_gate, post_gate, skip, short_filters, short_bias, splits, accurate):
-    return torch.empty_like(u if u.stride(-1) == 1 else u.contiguous())
+    return _empty_like(*_in_rows(u))
 
 
 @long_conv_backward_op.register_fake
 def _(dy, u, filter, pre_gate, post_gate, skip, short_filters, short_bias, splits, accurate):
-    signal = u if u.stride(-1) == 1 else u.contiguous()
-    missing = u.new_empty(0)
+    (signal,) = _in_rows(u)
     return (
-        torch.empty_like(signal),
+        _empty_like(signal),
         filter.new_empty(filter.shape),
-        *(missing if x is None else torch.empty_like(signal) for x in (pre_gate, post_gate)),
+        *(u.new_empty(0) if x is None else _empty_like(signal) for x in (pre_gate, post_gate)),
         *(
-            missing if x is None else x.new_empty(x.shape)
+            u.new_empty(0) if x is None else x.new_empty(x.shape)
             for x in (skip, short_filters, short_bias)
         ),
     )
@@ -299,7 +193,8 @@ def long_conv_step_op(
         B,
         D,
         taps.stride(0),
-        *_strides(history),
+        history.stride(0),
+        history.stride(1),
         ROWS=rows,
         BLOCK=STEP_NUMBERS // rows,
         num_warps=4,

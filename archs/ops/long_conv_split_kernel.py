@@ -344,19 +344,18 @@ def split_forward(
     skip: Tensor | None,
     short_filters: Tensor | None,
     short_bias: Tensor | None,
+    y: Tensor,
     accurate: bool,
-) -> Tensor:
-    """Y, of tensors whose tokens lie side by side."""
+) -> None:
+    """Writes y. Tokens of all signals lie side by side."""
     launch = Launches(u, skip, short_filters, short_bias, accurate)
     slots, filters = launch.slots(launch.channels * launch.rows), launch.slots(launch.channels)
-    y = torch.empty_like(u)
     for channels in launch.channel_groups():
         launch.filter(filter, filters, channels)
         for rows in launch.row_groups():
             launch.to_columns(signal(u, U), signal(pre, PRE), slots, channels, rows)
             launch.convolve(slots, filters, channels[1], rows[1])
             launch.from_columns(slots, channels, rows, signal(post, POST), signal(y))
-    return y
 
 
 def split_backward(
@@ -368,15 +367,21 @@ def split_backward(
     skip: Tensor | None,
     short_filters: Tensor | None,
     short_bias: Tensor | None,
+    d_u: Tensor,
+    d_pre: Tensor | None,
+    d_post: Tensor | None,
     accurate: bool,
-) -> tuple[list[Tensor | None], Tensor, Tensor | None]:
-    """Gradients of u, pre and post; of the taps (D, T); of short filters and bias (3, D, 4)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Writes d_u, d_pre and d_post.
+
+    Returns:
+        The gradients of the taps (D, T), and of short filters and bias (3, D, 4).
+    """
     launch = Launches(u, skip, short_filters, short_bias, accurate)
     B, D, T = u.shape
     count = launch.channels * launch.rows
     inputs, gradients, filters = (launch.slots(n) for n in (count, count, launch.channels))
     d_filters = launch.slots(launch.channels, torch.float32)
-    d_u, d_pre, d_post = (torch.empty_like(u) if x is not None else None for x in (u, pre, post))
     d_taps = torch.empty(D, T, dtype=torch.float32, device=u.device)
     has_short = short_filters is not None
     if has_short:
@@ -414,4 +419,4 @@ def split_backward(
                         signal(x, short), before[short], dx, sums[short], channels, rows
                     )
         launch.taps(d_filters, gradients, channels, d_taps)
-    return [d_u, d_pre, d_post], d_taps, sums.sum((2, 3)) if has_short else None
+    return d_taps, sums.sum((2, 3)) if has_short else None
