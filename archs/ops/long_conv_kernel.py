@@ -68,7 +68,7 @@ def long_conv_op(
 
     `splits` is how many programs share the rows of a channel.
     """
-    u, filter, pre, post, _ = _in_rows(u, filter, pre_gate, post_gate, u)
+    u, filter, pre, post = _in_rows(u, filter, pre_gate, post_gate)
     parameters = _contiguous(skip, short_filters, short_bias)
     y = _empty_like(u)
     if u.shape[2] > TILE_TOKENS:

@@ -39,8 +39,8 @@ def outer_tables(
     f = _turns(torch.outer(k, torch.arange(M, dtype=torch.float64)) / M) / math.sqrt(M)
     inside = torch.arange(columns, dtype=torch.float64)
     blocks = torch.arange(0, P, columns, dtype=torch.float64)
-    turns = (_turns(torch.outer(k, x) / (M * P)).float().to(device) for x in (inside, blocks))
-    return _parts(f, accurate).to(device), *turns
+    turns, block_turns = (_turns(torch.outer(k, x) / (M * P)).float() for x in (inside, blocks))
+    return _parts(f, accurate).to(device), turns.to(device), block_turns.to(device)
 
 
 def _turns(x: Tensor) -> Tensor:
