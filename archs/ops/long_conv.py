@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops.long_conv_tables import MOST_TOKENS, TILE_TOKENS
 from archs.ops.plan import multiprocessors
 from archs.ops.short_conv import short_conv_reference
 
@@ -34,7 +35,7 @@ SEGMENT_BYTES = 16 * 2**20
 class LongConvPlan(NamedTuple):
     """Which variant of the Triton kernels runs."""
 
-    splits: int = 1  # parts of the batch, each with programs of its own
+    splits: int = 1  # parts of the batch, each with programs of its own, to 4,096 tokens
     precision: Literal["accurate", "fast"] = "accurate"  # see `archs.ops.long_conv_kernel`
 
 
@@ -45,10 +46,11 @@ def plan(
 
     "fast" where its error is within that of rounding the result: in bfloat16, and in float32 where
     `torch.set_float32_matmul_precision` allows tf32. As many splits as give every multiprocessor a
-    program; each forms the filter's transform anew. Arithmetic, not measured.
+    program; each forms the filter's transform anew. More tokens than a tile has need no splits.
+    Arithmetic, not measured.
     """
-    B, D, _ = shape
-    splits = min(B, max(1, multiprocessors(device) // D))
+    B, D, T = shape
+    splits = 1 if T > TILE_TOKENS else min(B, max(1, multiprocessors(device) // D))
     rounds = dtype == torch.bfloat16
     rounds |= dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return LongConvPlan(splits, "fast" if rounds else "accurate")
@@ -184,9 +186,9 @@ def long_conv_triton(
             "long_conv: a plan has one split at least, and precision 'accurate' or 'fast', got "
             f"{chosen}"
         )
-    if module.MOST_TOKENS < T:
+    if T > MOST_TOKENS:
         raise BackendUnavailableError(
-            f"long_conv: backend 'triton' has kernels for up to {module.MOST_TOKENS:,} tokens, got "
+            f"long_conv: backend 'triton' has kernels for up to {MOST_TOKENS:,} tokens, got "
             f"{T:,}: use backend='torch'"
         )
     accurate = chosen.precision == "accurate"

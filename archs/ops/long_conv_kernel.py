@@ -46,9 +46,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from archs.ops.long_conv_forward_kernel import long_conv_step_kernel
 from archs.ops.long_conv_split_kernel import split_backward, split_forward
-from archs.ops.long_conv_tile_kernel import TILE_TOKENS, tile_backward, tile_forward
+from archs.ops.long_conv_tables import TILE_TOKENS
+from archs.ops.long_conv_tile_kernel import tile_backward, tile_forward
 
-MOST_TOKENS = 2**20
 STEP_ROWS, STEP_NUMBERS = 16, 4096  # of the batch and in all, that a program of the step sums
 
 

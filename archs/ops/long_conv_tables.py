@@ -1,10 +1,25 @@
-"""Tables of transforms, in float64 and rounded once, for the kernels of the long convolution."""
+"""Sizes and tables of transforms for the long convolution's kernels.
+
+Tables are formed in float64 and rounded once.
+"""
 
 import math
 from functools import cache
 
 import torch
 from torch import Tensor
+
+# The longest N1 N2 with its N1, N2 and warps: where a tensor (N1, N2) takes 16 registers, all else
+# fits in the remaining ones. N1 of 64 is the smallest for an H100's own matrix instructions.
+SIZES = (
+    (256, 16, 16, 4),
+    (512, 32, 16, 4),
+    (1024, 64, 16, 4),
+    (2048, 64, 32, 4),
+    (4096, 128, 32, 8),
+)
+TILE_TOKENS = SIZES[-1][0]  # the most; beyond, a transform is split
+MOST_TOKENS = 2**20
 
 
 @cache

@@ -9,18 +9,8 @@ from torch import Tensor
 
 from archs.ops.long_conv_backward_kernel import long_conv_backward_kernel
 from archs.ops.long_conv_forward_kernel import long_conv_forward_kernel
-from archs.ops.long_conv_tables import inner_tables
+from archs.ops.long_conv_tables import SIZES, inner_tables
 
-# The longest N1 N2 with its N1, N2 and warps: where a tensor (N1, N2) takes 16 registers, all else
-# fits in the remaining ones. N1 of 64 is the smallest for an H100's own matrix instructions.
-SIZES = (
-    (256, 16, 16, 4),
-    (512, 32, 16, 4),
-    (1024, 64, 16, 4),
-    (2048, 64, 32, 4),
-    (4096, 128, 32, 8),
-)
-TILE_TOKENS = SIZES[-1][0]
 SHIFT = 0.25  # of the frequencies
 
 

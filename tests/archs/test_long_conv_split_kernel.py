@@ -1,0 +1,287 @@
+"""The kernels of the long convolution beyond a tile's tokens; see `test_long_conv_kernel`."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from archs.ops import BackendUnavailableError
+from archs.ops import long_conv as op
+from archs.ops import long_conv_split_kernel as split
+from archs.ops.long_conv import LongConvPlan, long_conv
+from archs.ops.long_conv_tables import MOST_TOKENS
+from harness import traffic
+from kernel_checks import (
+    DEVICE,
+    assert_same,
+    guarded_allocations,
+    in_margins,
+    interpreted,
+    on_a_gpu,
+    randn,
+    relative_max,
+    relative_rms,
+)
+from long_conv_checks import (
+    ACCURATE,
+    FAST,
+    FORMS,
+    ROUNDING,
+    ROWS,
+    SIGNALS,
+    assert_exact,
+    direct,
+    exact_results,
+    far_apart,
+    inputs,
+    kernel_results,
+    plain_results,
+    strided,
+    terms_of,
+)
+
+SHORTEST = 4097
+# Both sides of the lengths that transforms have.
+LENGTHS = (SHORTEST, 8191, 8192, 8193, 30_000, 65_536)
+# Relative RMS errors of "fast": of rows, and of the few sums over all rows' tokens.
+FAST_LEAST, FAST_MOST, FAST_SUMS = 1.5e-4, 1.2e-3, 2.5e-3
+
+
+def by_fft(**args):
+    """The definition, by FFT."""
+    return long_conv(**args, backend="torch")
+
+
+@cache
+def case(form, B, D, T):
+    """Inputs, and their results in plain PyTorch and in float64."""
+    args = inputs(form, B, D, T)
+    return args, plain_results(args), exact_results(args, by_fft)
+
+
+def check(args, plan=ACCURATE):
+    assert_exact(kernel_results(args, plan), plain_results(args), exact_results(args, by_fft))
+
+
+def test_the_fft_in_float64_is_the_definition():
+    args, _, exact = case("all", 1, 1, SHORTEST)
+    expected = exact_results(args, direct)
+    for name in expected:
+        assert relative_max(exact[name], expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_every_length(T):
+    args, plain, exact = case("all", 1, 1, T)
+    assert_exact(kernel_results(args), plain, exact)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form(form):
+    check(inputs(form, 1, 1, SHORTEST))
+
+
+@pytest.mark.parametrize("plan", [ACCURATE, FAST])
+def test_sizes_of_longer_transforms(monkeypatch, plan):
+    """An outer transform of 64 in products of 16 rows, as one of 256 is in such of 64."""
+    monkeypatch.setattr(split, "INNER", {512: split.INNER[512]})
+    monkeypatch.setattr(split, "PRODUCT_ROWS", 16)
+    assert split.shape_of(20_000)[0] == 64
+    args, plain, exact = case("all", 1, 1, 20_000)
+    if plan is ACCURATE:
+        assert_exact(kernel_results(args), plain, exact)
+    else:
+        assert_fast(kernel_results(args, plan), exact)
+
+
+def test_every_length_has_a_size():
+    for T in range(SHORTEST, MOST_TOKENS + 1, 1021):
+        M, P1, P2, _ = shape = split.shape_of(T)
+        assert M * P1 * P2 >= T > M * P1 * P2 // 2
+        assert 16 <= M <= 256
+        assert shape.row % shape.columns == 0
+        assert M % split.EACH == 0
+
+
+def assert_fast(got, exact):
+    for name in exact:
+        error = relative_rms(got[name], exact[name], terms_of(name, exact))
+        most = FAST_MOST if name in (*ROWS, "dfilter") else FAST_SUMS
+        assert error < most, (name, error)
+        assert name not in ROWS or error > FAST_LEAST, (name, error)
+
+
+@pytest.mark.parametrize("T", [SHORTEST, 65_536])
+def test_fast_is_as_exact_as_documented_and_no_more(T):
+    args, _, exact = case("all", 1, 1, T)
+    assert_fast(kernel_results(args, FAST), exact)
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(1, 3), (2, 3), (1, 2), (1, 1)])
+def test_groups_do_not_show(monkeypatch, channels, rows):
+    """Of 3 rows and 3 channels, as many at a time as there are slots for."""
+    args, plain, exact = case("all", 3, 3, SHORTEST)
+    expected = kernel_results_of_three()
+    slot_bytes = 2 * 4 * 8192
+    monkeypatch.setattr(split, "SLOT_BYTES", channels * rows * slot_bytes)
+    got = kernel_results(args)
+    for name in ROWS:
+        assert torch.equal(got[name], expected[name]), name
+    assert_exact(got, plain, exact)
+
+
+@cache
+def kernel_results_of_three():
+    return kernel_results(case("all", 3, 3, SHORTEST)[0])
+
+
+def test_every_row_and_channel_is_its_own():
+    args, plain, exact = case("all", 3, 3, SHORTEST)
+    assert_exact(kernel_results_of_three(), plain, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("u", 1e3), ("u", math.nan), ("dy", math.inf), ("filter", math.nan)]
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+def test_rows_and_channels_do_not_touch(name, factor):
+    """To the last bit, however large the values of one are."""
+    args, _, _ = case("all", 3, 3, SHORTEST)
+    expected = kernel_results_of_three()
+    changed = torch.zeros(3, 3, 1, dtype=torch.bool, device=DEVICE)
+    changed[1 if name != "filter" else slice(None), 1] = True
+    place = changed if name != "filter" else changed[0]
+    got = kernel_results(args | {name: torch.where(place, args[name] * factor, args[name])})
+    rest = ~changed.squeeze(2)
+    for k in got:
+        if k in ROWS:
+            assert torch.equal(got[k][rest], expected[k][rest]), k
+        else:
+            channels = [0, 2]
+            of = got[k][channels] if k in ("dfilter", "dskip") else got[k][:, channels]
+            same = expected[k][channels] if k in ("dfilter", "dskip") else expected[k][:, channels]
+            assert torch.equal(of, same), k
+    assert any(not torch.equal(got[k], expected[k]) for k in ("y", "du"))
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"u": 1e-30},
+        {"u": 1e30},
+        {"filter": 1e30, "skip": 1e30},
+        {"u": 1e30, "filter": 1e-30, "skip": 1e-30},
+        {"u": 0.0, "dy": 1e-30},
+        {"filter": 0.0, "skip": 0.0},
+    ],
+)
+def test_magnitudes(factors):
+    args = inputs("gates, skip", 1, 1, SHORTEST)
+    check({k: x * factors.get(k, 1.0) for k, x in args.items()})
+
+
+def test_a_signal_that_lives_in_one_block_of_columns():
+    """Other blocks have zeros alone, and a power of two of their own."""
+    args = inputs("gates, skip", 1, 1, SHORTEST)
+    alone = torch.arange(SHORTEST, device=DEVICE) % 512 < 256
+    args["u"] = torch.where(alone, args["u"], 1e-12 * args["u"])
+    got, exact = kernel_results(args), exact_results(args, by_fft)
+    for name in exact:
+        assert relative_max(got[name], exact[name]) < ROUNDING, name
+
+
+@pytest.mark.parametrize("split_at", [1, 512, 4000])
+def test_causal_to_rounding(split_at):
+    args, _, _ = case("all", 1, 1, SHORTEST)
+    changed = args | {"u": args["u"].clone()}
+    changed["u"][..., split_at:] *= -1.0
+    before, after = (kernel_results(x, gradients=False)["y"] for x in (args, changed))
+    difference = (after - before)[..., :split_at].abs().max()
+    assert difference <= ROUNDING * before.abs().max()
+    assert (after - before)[..., split_at].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("plan", [ACCURATE, FAST])
+@pytest.mark.parametrize("form", ["bare", "all"])
+def test_memory_beside_tensors_is_neither_read_nor_written(form, plan):
+    """Nor is memory read before it is written; whatever the strides."""
+    args, _, _ = case(form, 2, 1, SHORTEST)
+    expected = kernel_results(args, plan)
+    with guarded_allocations():
+        got = kernel_results({k: in_margins(x) for k, x in strided(args).items()}, plan)
+    assert_same(got, expected)
+
+
+@interpreted
+def test_memory_is_that_of_a_group(monkeypatch):
+    """Counting raises for any access outside the arguments, also where its value goes nowhere."""
+    monkeypatch.setattr(split, "SLOT_BYTES", 2 * 2 * 4 * 8192)  # two slots
+    args, _, _ = case("all", 2, 3, SHORTEST)
+    _, counts = traffic.count(lambda: kernel_results(args))
+    found = counts.kernels["long_conv_backward_rows_kernel"].arguments
+    written = {k: x.written_bytes for k, x in found.items() if x.written_bytes}
+    slot, launches = 2 * 4 * 8192, 3
+    assert written["INPUT"] == written["GRADIENT"] == launches * 2 * slot
+    assert written["DFILTER"] == launches * slot
+
+
+@interpreted
+@pytest.mark.parametrize("axis", [0, 1])
+def test_offsets_beyond_32_bits(axis):
+    args, _, _ = case("all", 3, 3, SHORTEST)
+    names = (*SIGNALS, "dy") if axis == 0 else (*SIGNALS, "dy", "filter")
+    far = {k: far_apart(args[k], axis) for k in names}
+    assert_same(kernel_results(args | far), kernel_results_of_three())
+
+
+def test_repeats_give_the_same_bits():
+    args, _, _ = case("all", 3, 3, SHORTEST)
+    assert_same(kernel_results(args), kernel_results_of_three())
+
+
+def test_taps_past_the_sequence_do_not_count():
+    args = inputs("all", 1, 1, SHORTEST, spare=7)
+    got = kernel_results(args)
+    assert (got["dfilter"][:, SHORTEST:] == 0).all()
+    args["filter"] = args["filter"].index_fill(1, torch.arange(SHORTEST, SHORTEST + 7), math.nan)
+    assert torch.equal(kernel_results(args)["y"], got["y"])
+
+
+def test_history():
+    args = inputs("gates, skip", 1, 1, 40, spare=SHORTEST)
+    history = randn(1, 1, SHORTEST, seed=9)
+    got = kernel_results(args | {"history": history})
+    expected = exact_results(args | {"history": history}, by_fft)
+    for name in expected:
+        assert relative_max(got[name], expected[name], terms_of(name, expected)) < 3e-6, name
+
+
+def test_too_many_tokens_are_refused():
+    u = torch.zeros(1, 1, 1, device=DEVICE).expand(1, 1, MOST_TOKENS + 1)
+    with pytest.raises(BackendUnavailableError, match=r"1,048,576 tokens, got 1,048,577: use"):
+        long_conv(u, u[0], backend="triton")
+
+
+def test_the_plan_has_no_splits():
+    assert op.plan((8, 4, 4096), torch.float32, DEVICE).splits == 8
+    assert op.plan((8, 4, SHORTEST), torch.float32, DEVICE).splits == 1
+
+
+@on_a_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [8192, 16_384, 100_000, 131_072, 262_144, 524_288, MOST_TOKENS])
+def test_on_a_gpu(T, dtype, precision):
+    args, plan = inputs("all", 2, 3, T, dtype), LongConvPlan(1, precision)
+    got, exact = kernel_results(args, plan), exact_results(args, by_fft)
+    if precision == "accurate":
+        assert_exact(got, plain_results(args), exact)
+    else:
+        rounded = torch.finfo(dtype).eps
+        for name in got:
+            error = relative_rms(got[name], exact[name], terms_of(name, exact))
+            assert error < FAST_SUMS + rounded, (name, error)
+    for _ in range(20):
+        assert_same(kernel_results(args, plan), got)
