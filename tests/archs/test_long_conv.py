@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archs.ops import BackendUnavailableError
 from archs.ops import long_conv as long_conv_module
 from archs.ops.long_conv import fft_length, long_conv, long_conv_step
 
@@ -371,9 +370,3 @@ def test_what_does_not_fit_is_one_clear_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         long_conv(**{**args, "backend": "torch", **change})
     assert "\n" not in str(error.value)
-
-
-def test_kernel_is_not_built_yet():
-    args = arguments("bare", 1, 1, 1, grad=False)
-    with pytest.raises(BackendUnavailableError, match="long_conv: backend 'triton'"):
-        long_conv(**args, backend="triton")
