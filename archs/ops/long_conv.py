@@ -52,8 +52,16 @@ def plan(
     B, D, T = shape
     splits = 1 if T > TILE_TOKENS else min(B, max(1, multiprocessors(device) // D))
     rounds = dtype == torch.bfloat16
-    rounds |= dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    rounds |= dtype == torch.float32 and _tf32_is_allowed()
     return LongConvPlan(splits, "fast" if rounds else "accurate")
+
+
+def _tf32_is_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# `torch.compile` cannot trace it, and compiles anew where the setting changes.
+_tf32_is_allowed._dynamo_marked_constant = True
 
 
 def long_conv_step(
