@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archs.ops.long_conv import LongConvPlan
 from archs.ops.plan import Plan
 from archs.ops.short_conv import short_conv
 from harness import peers
@@ -33,10 +34,16 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
 }
 # The variant of our kernels at each shape; and shapes for other variants alone, forward.
-PLANS: dict[str, dict[str, Any]] = {"ssd": {"plan": Plan(1)}, "wkv7": {"plan": Plan(1)}}
+PLANS: dict[str, dict[str, Any]] = {
+    "ssd": {"plan": Plan(1)},
+    "wkv7": {"plan": Plan(1)},
+    "long_conv": {"plan": LongConvPlan(1, "fast")},
+}
 VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
     "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": Plan(4)}),),
 }
+# Our kernels that form tables in the first call of a length: sizes of a short one.
+TABLES = {"long_conv": {"B": 1, "D": 1}}
 OURS: dict[str, Callable[..., Any]] = {**peers.OUR_OPERATIONS, "short_conv": short_conv}
 # Peers made of Triton kernels, which the interpreter runs, or of PyTorch operations. What a fused
 # CUDA kernel moves inside cannot be seen.
@@ -68,6 +75,7 @@ class Counted:
     call: Callable[[Tensors], Outputs]  # y, then what else is written: the state after it
     reference: Callable[[Tensors], Outputs]  # the same function by our `torch` backend
     backward: bool = True  # whether the backward pass is counted
+    prepare: Callable[[], object] = lambda: None  # form what a first call keeps for later ones
 
     @property
     def unavailable(self) -> str | None:
@@ -106,8 +114,12 @@ def _our_kernels(op: str, label: str, inputs: Tensors, options: dict[str, Any]) 
 def _calls(op: str, shape: dict[str, int], dtype: torch.dtype) -> list[Counted]:
     label, inputs = _label(shape), _inputs(op, shape, dtype)
     reference = partial(_ours, op, "torch")
+    kernels = _our_kernels(op, label, inputs, PLANS.get(op, {}))
+    if op in TABLES:
+        little = _inputs(op, {**shape, **TABLES[op]}, dtype)
+        kernels = replace(kernels, prepare=partial(kernels.call, little))
     found = [
-        _our_kernels(op, label, inputs, PLANS.get(op, {})),
+        kernels,
         Counted(op, label, "torch", False, _leaves(inputs), reference, reference),
     ]
     for name in TENSOR_PEERS.get(op, ()):

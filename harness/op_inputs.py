@@ -17,7 +17,7 @@ from archs.hyena import HyenaConfig, long_conv_flops
 from archs.mamba2 import Mamba2Config
 from archs.ops import Backend, no_such_backend
 from archs.ops.attention import attention
-from archs.ops.long_conv import long_conv, long_conv_step
+from archs.ops.long_conv import long_conv, long_conv_step, long_conv_step_triton
 from archs.ops.short_conv import short_conv
 from archs.ops.ssd import ssd, ssd_step, ssd_step_triton
 from archs.ops.wkv7 import log_decay_of, wkv7, wkv7_step, wkv7_step_triton
@@ -389,6 +389,8 @@ class LongConvOp(Op):
         self, token: Tensors, backend: Backend, operation: Operation | None = None
     ) -> tuple[Tensor, ...]:
         """The direct sum, not a call of `long_conv`; y, and z to append to the history."""
+        if backend == "triton":
+            return long_conv_step_triton(**token)
         fold_steps_only("hyena step", backend)
         return long_conv_step(**token)
 

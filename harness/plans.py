@@ -1,7 +1,8 @@
 """Which variants of their Triton kernels the operations choose.
 
-An operation that has variants has a `plan(shape, device)` in its module of `archs.ops`, where its
-Triton path looks it up whenever it is called, so that it can be listened to.
+An operation that has variants has a function `plan` in its module of `archs.ops`: of a shape, of a
+type where that matters, and of a device, a named tuple. Its Triton path looks it up there whenever
+it is called, so that it can be listened to.
 """
 
 from collections.abc import Callable, Iterator

@@ -70,6 +70,7 @@ def _traffic(call: Counted, job: Document) -> list[Document]:
     """The forward and the backward pass of a call, each with its floor and its error."""
     leaves = list(call.leaves.values())
     with pretend.gpu(INTERPRETED_AS):
+        call.prepare()
         outputs, forward = traffic.count(lambda: call.call(call.leaves))
         y = outputs[0]
         seed = _seed(y)

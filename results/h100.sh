@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU: what works here, the tests of our kernels, those of the
-# harness, the plans of SSD and WKV-7, every operation beside libraries' (--peers all: those that are
-# installed), the cost sweep. Run it again to resume. No step takes over nine minutes; a queue of
+# harness, the plans of three operations, every operation beside libraries' (--peers all: those that
+# are installed), the cost sweep. Run it again to resume. No step takes over nine minutes; a queue of
 # short jobs runs one of PARTS a job. Needs what `pip install .[test]` installs; pytest's plug-ins may
 # be missing.
 #
@@ -22,8 +22,8 @@ for part in $parts; do
     kernels) timeout 480 $pytest tests/archs/test_*_kernel.py 2>&1 | tee "$out/kernels.txt" ;;
     tests) timeout 480 $pytest tests/harness 2>&1 | tee "$out/tests.txt" ;;
     plans)
-      for op in ssd wkv7; do
-        timeout 250 $python tests/benchmarks/gpu_plans.py --op $op 2>&1
+      for op in ssd wkv7 long_conv; do
+        timeout 175 $python tests/benchmarks/gpu_plans.py --op $op 2>&1
       done | tee "$out/plans.txt"
       ;;
     cost)

@@ -1,8 +1,9 @@
-"""Kernels in every number of segments that `plan` could choose: does it choose the fastest?
+"""Kernels in every plan that an operation could choose: does it choose the fastest?
 
     python tests/benchmarks/gpu_plans.py [--rounds 40] [--op ssd]
 
-Needs a GPU. SSD and WKV-7 in bfloat16 at the sizes of their blocks, forward and backward; each
+Needs a GPU. Operations in bfloat16 at the sizes of their blocks, forward and backward: SSD and
+WKV-7 in numbers of segments, the long convolution in splits of the batch and both precisions. Each
 shape's plans are interleaved in random order, and each is compared with the one that the
 operation's own `plan` chooses, marked *: the ratio of times, above 1 where the choice is slower,
 with a 95 % interval (`timing.speedup`).
@@ -11,22 +12,21 @@ with a 95 % interval (`timing.speedup`).
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from archs.hyena import HyenaConfig
 from archs.mamba2 import Mamba2Config
-from archs.ops import ssd, wkv7
+from archs.ops import long_conv, ssd, wkv7
+from archs.ops.long_conv import LongConvPlan
 from archs.ops.plan import Plan
 from archs.rwkv7 import RWKV7Config
 from harness import timing
-from harness.op_inputs import Op, SSDOp, Tensors, WKV7Op
+from harness.op_inputs import LongConvOp, Op, SSDOp, Tensors, WKV7Op
 
-# Of a width: the operation's inputs, and the module that plans. Twice Mamba-2's width is heads.
-OPS = {
-    "ssd": (lambda width: SSDOp(Mamba2Config(width=width), torch.bfloat16), ssd),
-    "wkv7": (lambda width: WKV7Op(RWKV7Config(width=width), torch.bfloat16), wkv7),
-}
+DTYPE = torch.bfloat16
 # B, T, width: as h100-ops, and narrower.
 SHAPES = (
     (16, 2048, 2048),
@@ -37,8 +37,54 @@ SHAPES = (
     (1, 32768, 512),
     (1, 131072, 512),
 )
+# The longest that one program holds; a batch is split only where channels are few.
+LONG_CONV_TOKENS = 4096
+NARROW = ((8, 2048, 256), (8, 2048, 64))
+LONG_CONV_SHAPES = (*(shape for shape in SHAPES if shape[1] <= LONG_CONV_TOKENS), *NARROW)
 SEGMENTS = (1, 2, 4, 8, 16, 32)
 LEAST_TOKENS = 512  # a segment
+SPLITS = (1, 2, 4, 8)
+
+
+class Subject(NamedTuple):
+    """An operation, and the plans and shapes in which it is timed."""
+
+    op: Callable[[int], Op]  # of a width; twice Mamba-2's is heads
+    operation: Callable[..., Any]
+    plan: Callable[..., Any]
+    plans: Callable[[int, int], set[Any]]  # of B and T
+    shapes: tuple[tuple[int, int, int], ...]
+
+
+def segments(B: int, T: int) -> set[Plan]:
+    """Plans of an operation that walks the sequence."""
+    return {Plan(n) for n in SEGMENTS if n == 1 or n * LEAST_TOKENS <= T}
+
+
+def splits(B: int, T: int) -> set[LongConvPlan]:
+    """Plans of the long convolution."""
+    return {LongConvPlan(n, p) for n in SPLITS if n <= B for p in ("accurate", "fast")}
+
+
+OPS = {
+    "ssd": Subject(
+        lambda width: SSDOp(Mamba2Config(width=width), DTYPE), ssd.ssd, ssd.plan, segments, SHAPES
+    ),
+    "wkv7": Subject(
+        lambda width: WKV7Op(RWKV7Config(width=width), DTYPE),
+        wkv7.wkv7,
+        wkv7.plan,
+        segments,
+        SHAPES,
+    ),
+    "long_conv": Subject(
+        lambda width: LongConvOp(HyenaConfig(width=width), DTYPE),
+        long_conv.long_conv,
+        partial(long_conv.plan, dtype=DTYPE),
+        splits,
+        LONG_CONV_SHAPES,
+    ),
+}
 
 
 def main() -> None:
@@ -47,27 +93,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--op", choices=OPS)
     arguments = parser.parse_args()
-    print(torch.cuda.get_device_name(), f"torch {torch.__version__}, bfloat16")
+    print(torch.cuda.get_device_name(), f"torch {torch.__version__}, {DTYPE}")
     for name in [arguments.op] if arguments.op else OPS:
-        for B, T, width in SHAPES:
+        for B, T, width in OPS[name].shapes:
             compare(name, B, T, width, arguments.rounds)
 
 
 def compare(name: str, B: int, T: int, width: int, rounds: int) -> None:
     """Print a line a phase and plan."""
-    build, module = OPS[name]
-    op = build(width)
+    subject = OPS[name]
+    op = subject.op(width)
     torch.manual_seed(0)
     inputs = op.inputs(B, T, partial(torch.randn, device="cuda"))
-    chosen = module.plan(tuple(inputs[op.LIKE_Y].shape), "cuda")
-    plans = {Plan(n) for n in SEGMENTS if n == 1 or n * LEAST_TOKENS <= T} | {chosen}
+    chosen = subject.plan(tuple(inputs[op.LIKE_Y].shape), device="cuda")
+    plans = subject.plans(B, T) | {chosen}
     for phase, timed in (("forward", forward), ("backward", backward)):
-        functions = {p: timed(op, inputs, p) for p in sorted(plans)}
+        functions = {
+            p: timed(op, inputs, partial(subject.operation, plan=p)) for p in sorted(plans)
+        }
         samples = timing.measure_interleaved(functions, rounds=rounds, device="cuda")
         for p, times in samples.items():
             middle = sorted(times)[len(times) // 2]
-            line = f"{name} B {B} T {T} width {width} {phase:8} segments {p.segments:3} "
-            line += f"{middle:8.3f} ms"
+            variant = " ".join(f"{field} {value}" for field, value in p._asdict().items())
+            line = f"{name} B {B} T {T} width {width} {phase:8} {variant:27} {middle:8.3f} ms"
             if p == chosen:
                 line += " *"
             else:
@@ -76,23 +124,20 @@ def compare(name: str, B: int, T: int, width: int, rounds: int) -> None:
             print(line, flush=True)
 
 
-def forward(op: Op, inputs: Tensors, chosen: Plan) -> Callable[[], Tensor]:
+def forward(op: Op, inputs: Tensors, operation: Callable[..., Any]) -> Callable[[], Tensor]:
     """A forward pass that records no graph."""
-    return torch.no_grad()(lambda: op.run(inputs, "triton", partial(operation(op), plan=chosen)))
+    return torch.no_grad()(lambda: op.run(inputs, "triton", operation))
 
 
-def backward(op: Op, inputs: Tensors, chosen: Plan) -> Callable[[], tuple[Tensor, ...]]:
+def backward(
+    op: Op, inputs: Tensors, operation: Callable[..., Any]
+) -> Callable[[], tuple[Tensor, ...]]:
     """The backward pass of a graph that stays."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    y = op.run(leaves, "triton", partial(operation(op), plan=chosen))
+    y = op.run(leaves, "triton", operation)
     return partial(
         torch.autograd.grad, y, list(leaves.values()), torch.randn_like(y), retain_graph=True
     )
-
-
-def operation(op: Op) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function that an operation's inputs are for."""
-    return ssd.ssd if isinstance(op, SSDOp) else wkv7.wkv7
 
 
 if __name__ == "__main__":

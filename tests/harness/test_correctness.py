@@ -252,7 +252,7 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-@pytest.mark.parametrize("arch", ["mamba2", "rwkv7"])
+@pytest.mark.parametrize("arch", ["mamba2", "rwkv7", "hyena"])
 @pytest.mark.parametrize(("level", "phase"), CELLS)
 def test_kernels_in_the_interpreter_are_right_before_and_after(arch, level, phase):
     built = workload.build(case(arch, level, phase, 33, size="d64", backend="triton"))

@@ -10,6 +10,10 @@ import torch
 from harness import compiled, correctness, counted, counters, peers, pretend, tally
 from harness.run import child_environment
 
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled"
+)
+
 
 @pytest.fixture(scope="module")
 def ssd():
@@ -24,6 +28,25 @@ def ssd():
 def wkv7():
     """WKV-7, likewise."""
     return counters.count(["wkv7"], archs=[90])
+
+
+LONG_CONV = {"B": 8, "D": 2, "T": 2048}  # as counted, with fewer channels
+
+
+@pytest.fixture(scope="module")
+def long_conv():
+    """Our kernels of the long convolution, by phase."""
+    ours, *_ = counted._calls("long_conv", LONG_CONV, torch.float16)
+    rows = tally._traffic(ours, {})
+    return {found["phase"]: found for found in rows}
+
+
+@pytest.fixture(scope="module")
+def long_conv_compiled():
+    """Both kernels compiled for the H100, by name, in a process that does not interpret them."""
+    job = {"kind": "compiled", "ops": ["long_conv"], "archs": [90]}
+    rows = counters._result(counters._start(job, None), lambda job: None)["compiled"]
+    return {found["kernel"]: found for found in rows}
 
 
 def row(document, implementation, phase, variant=""):
@@ -186,6 +209,48 @@ def test_fla_takes_the_tiles_of_an_h100(wkv7):
     assert set(compiled) == set(FLA_FORWARD) | set(FLA_BACKWARD)
     assert compiled["chunk_dplr_fwd_kernel_h"]["constants"]["BV"] == K
     assert compiled["chunk_dplr_fwd_kernel_h"]["opcodes"]["HGMMA"] > 0
+
+
+N1, N2 = 64, 32  # of a transform of 2,048
+TABLES = 2 * 2 * (N1 * N1 + N2 * N2) + 2 * 4 * N1 * N2  # bytes: float16 and, of twiddles, float32
+TRANSFORM_FLOPS = 2 * (2 * N1 * N1 * N2 + 4 * N1 * N2 * N2)
+KEPT = 9 * 4  # bytes a channel and token: three spectra and three signals of a row, in float32
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("phase", "beyond_the_floor", "transforms", "torch_operations"),
+    [
+        ("forward", 0, 1 + 2 * LONG_CONV["B"], {}),
+        # Gradients of taps and biases are float32 in the kernel, and the skip's is the filter's.
+        (
+            "backward",
+            LONG_CONV["D"] * (KEPT * LONG_CONV["T"] + 4 * 12 - 2 * 13),
+            2 + 4 * LONG_CONV["B"],
+            {"sum": 1, "to": 3},
+        ),
+    ],
+)
+def test_the_long_convolution_moves_what_its_source_says(
+    long_conv, phase, beyond_the_floor, transforms, torch_operations
+):
+    found = long_conv[phase]
+    (kernel,) = found["kernels"]
+    assert (kernel["name"], kernel["launches"]) == (f"long_conv_{phase}_kernel", 1)
+    assert found["kernel_bytes"] == found["floor_bytes"] + TABLES + beyond_the_floor
+    assert found["sector_bytes"] <= 1.01 * found["requested_bytes"]
+    assert kernel["dot_flops"] == {"fp16": LONG_CONV["D"] * transforms * TRANSFORM_FLOPS}
+    assert {o["name"]: o["calls"] for o in found["operations"]} == torch_operations
+    assert found["relative_error"] < 1e-3
+
+
+def test_the_long_convolution_uses_the_tensor_cores(long_conv_compiled):
+    names = {f"long_conv_{phase}_kernel" for phase in ("forward", "backward")}
+    assert set(long_conv_compiled) == names
+    for found in long_conv_compiled.values():
+        assert found["opcodes"]["HGMMA"] > 0 == found["opcodes"]["HMMA"]
+        assert found["programs_per_sm"] >= 2
+    assert long_conv_compiled["long_conv_backward_kernel"]["spills"] == 0
 
 
 def test_a_library_that_is_not_installed_is_left_out(monkeypatch):

@@ -32,7 +32,7 @@ def commands(tmp_path, **variables):
 def test_our_kernels_are_tested_before_anything_is_timed(tmp_path):
     said = commands(tmp_path, TRITON_INTERPRET="1")
     _, first, *later = re.findall(r"^unset (.*)", said, re.M)
-    for name in ("short_conv", "ssd", "wkv7"):
+    for name in ("short_conv", "ssd", "wkv7", "long_conv"):
         if (ROOT / f"tests/archs/test_{name}_kernel.py").exists():
             assert f"tests/archs/test_{name}_kernel.py" in first
     # Without the project's options, which name plug-ins.
@@ -40,6 +40,8 @@ def test_our_kernels_are_tested_before_anything_is_timed(tmp_path):
     assert [name for line in later for name in PARTS if f"--peers all --op {name} " in line] == [
         "attention", "ssd", "wkv7", "long_conv",
     ]  # fmt: skip
+    planned = re.findall(r"gpu_plans\.py --op (\w+)", said)
+    assert planned == ["ssd", "wkv7", "long_conv"]
     assert "--preset h100 " in said
 
 

@@ -1,12 +1,13 @@
 """Plans of our kernels in the records, and kernels in the interpreter that get no time."""
 
 from dataclasses import asdict
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from archs.ops import short_conv, ssd
+from archs.ops import long_conv, short_conv, ssd
 from harness import cost, record, sweep, timing, versus, worker
 from harness.environment import code_hash
 from harness.plans import recorded
@@ -26,7 +27,7 @@ interpreted = pytest.mark.skipif(
 def case(level="op", phase="forward", **changes):
     place = {"seq_len": None, "position": 33} if phase == "decode" else {"seq_len": 33}
     asked = {"kind": "cost", "batch": 1, "size": "d32", "backend": "triton", **place}
-    return Case(arch="mamba2", level=level, phase=phase, **{**asked, **changes})
+    return Case(level=level, phase=phase, **{"arch": "mamba2", **asked, **changes})
 
 
 # What is recorded.
@@ -51,6 +52,45 @@ def test_plans_of_a_later_operation_are_recorded_by_themselves(monkeypatch):
     with recorded(chosen):
         short_conv.plan((1, 2, 3), "cpu")
     assert chosen == {"short_conv": [{"segments": 7}]}
+
+
+def test_a_plan_of_the_long_convolution_depends_on_the_type(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    chosen = {}
+    with recorded(chosen):
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            long_conv.plan((3, 64, 100), dtype, "cpu")
+    splits = 2  # of 64 channels: 132 multiprocessors have a program
+    assert chosen == {
+        "long_conv": [
+            {"splits": splits, "precision": "accurate"},
+            {"splits": splits, "precision": "fast"},
+        ]
+    }
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("level", "phase"), [("op", "backward"), ("block", "forward"), ("model", "prefill")]
+)
+def test_a_cell_of_hyena_records_the_plan_that_ran(level, phase, monkeypatch):
+    ran = []
+    kernels = import_module("archs.ops.long_conv_kernel")
+    real = kernels.long_conv_op
+
+    def op(*arguments):
+        ran.append(arguments[-2:])
+        return real(*arguments)
+
+    monkeypatch.setattr(kernels, "long_conv_op", op)
+    monkeypatch.setattr(cost, "refuse_interpreter", lambda case: None)
+    monkeypatch.setattr(timing, "observe", lambda function, **options: SEEN)
+    asked = case(level, phase, arch="hyena", batch=3)
+    plans = {}
+    metrics, _ = cost.measure(asked, "cpu", CEILINGS, plans=plans)
+    assert metrics["relative_error"] > 0
+    assert plans == {"long_conv": [{"splits": 3, "precision": "accurate"}]}
+    assert set(ran) == {(3, True)}
 
 
 @pytest.fixture

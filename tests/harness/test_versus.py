@@ -509,7 +509,7 @@ def test_the_gpu_suite_runs(tmp_path):
     )
     table = cost.run(grids, tmp_path, peers="all", device="cuda")
     ours = table[table["implementation"].isin([OURS, AGAIN])]
-    kernels = ours[ours["arch"] == "mamba2"]
+    kernels = ours[ours["arch"] != "transformer"]
     assert set(kernels["status"]) == {"ok"}, kernels["reason"]
     others = ours[ours["status"] != "ok"]
     assert others["reason"].str.contains("not built yet").all(), others["reason"]

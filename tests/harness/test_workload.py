@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import archs
-from archs import mamba2, rwkv7
+from archs import hyena, mamba2, rwkv7
 from archs.block import tensor_bytes
 from archs.ops import BackendUnavailableError
 from harness import op_inputs, workload
@@ -276,7 +276,11 @@ def test_an_unbuilt_backend_raises(arch, phase):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
 @pytest.mark.parametrize(
     ("arch", "block_module", "step"),
-    [("mamba2", mamba2, "ssd_step_triton"), ("rwkv7", rwkv7, "wkv7_step_triton")],
+    [
+        ("mamba2", mamba2, "ssd_step_triton"),
+        ("rwkv7", rwkv7, "wkv7_step_triton"),
+        ("hyena", hyena, "long_conv_step_triton"),
+    ],
 )
 def test_the_step_of_a_kernel_is_fed_what_its_block_feeds_it(arch, block_module, step, monkeypatch):
     fed = []
