@@ -252,10 +252,10 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-@pytest.mark.parametrize("arch", ["mamba2", "rwkv7", "hyena"])
+@pytest.mark.parametrize(("arch", "size"), [("mamba2", "d64"), ("rwkv7", "d64"), ("hyena", "d16")])
 @pytest.mark.parametrize(("level", "phase"), CELLS)
-def test_kernels_in_the_interpreter_are_right_before_and_after(arch, level, phase):
-    built = workload.build(case(arch, level, phase, 33, size="d64", backend="triton"))
+def test_kernels_in_the_interpreter_are_right_before_and_after(arch, size, level, phase):
+    built = workload.build(case(arch, level, phase, 33, size=size, backend="triton"))
     assert 0 < built.check() <= RIGHT
     built.function()
     assert 0 < built.check() <= RIGHT
