@@ -21,6 +21,7 @@ from archs.hyena import HyenaConfig
 from archs.mamba2 import Mamba2Config
 from archs.ops import long_conv, ssd, wkv7
 from archs.ops.long_conv import LongConvPlan
+from archs.ops.long_conv_tables import TILE_TOKENS
 from archs.ops.plan import Plan
 from archs.rwkv7 import RWKV7Config
 from harness import timing
@@ -37,10 +38,15 @@ SHAPES = (
     (1, 32768, 512),
     (1, 131072, 512),
 )
-# The longest that one program holds; a batch is split only where channels are few.
-LONG_CONV_TOKENS = 4096
-NARROW = ((8, 2048, 256), (8, 2048, 64))
-LONG_CONV_SHAPES = (*(shape for shape in SHAPES if shape[1] <= LONG_CONV_TOKENS), *NARROW)
+# A batch is split where channels are few; of a split transform only the precision is a choice.
+LONG_CONV_SHAPES = (
+    (16, 2048, 2048),
+    (8, 4096, 2048),
+    (8, 2048, 256),
+    (8, 2048, 64),
+    (4, 8192, 2048),
+    (1, 32768, 2048),
+)
 SEGMENTS = (1, 2, 4, 8, 16, 32)
 LEAST_TOKENS = 512  # a segment
 SPLITS = (1, 2, 4, 8)
@@ -63,7 +69,8 @@ def segments(B: int, T: int) -> set[Plan]:
 
 def splits(B: int, T: int) -> set[LongConvPlan]:
     """Plans of the long convolution."""
-    return {LongConvPlan(n, p) for n in SPLITS if n <= B for p in ("accurate", "fast")}
+    numbers = [n for n in SPLITS if n <= B] if T <= TILE_TOKENS else [1]
+    return {LongConvPlan(n, p) for n in numbers for p in ("accurate", "fast")}
 
 
 OPS = {
