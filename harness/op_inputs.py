@@ -347,7 +347,9 @@ class LongConvOp(Op):
 
     def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, D, T)."""
-        return (operation or long_conv)(**inputs, backend=backend)
+        if operation is not None:
+            return operation(**inputs, backend=backend)
+        return long_conv(**inputs, plan=None, backend=backend)
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """The direct sums of the last tokens over the whole past."""
