@@ -59,6 +59,7 @@ def long_conv_forward_kernel(
         p_u = row(U, i, i_d, u_batch, u_channel)
         z = load_signal(p_u, SHORT, BIAS, 2, i_d, o_row, T, D, False)
         if PRE is not None:
+            o_row = anew(o_tile, i + 1)
             p_pre = row(PRE, i, i_d, pre_batch, pre_channel)
             z *= load_signal(p_pre, SHORT, BIAS, 1, i_d, o_row, T, D, False)
         z, scale = scaled(z)
