@@ -188,7 +188,7 @@ def test_every_length(T):
 @pytest.mark.parametrize("T", [100, 256])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form, T):
-    check(inputs(form, 3, 1, T), LongConvPlan(2))
+    check(inputs(form, 2, 2, T))
 
 
 @pytest.mark.parametrize("T", [17, 256, 1025, 4096])
@@ -358,33 +358,33 @@ def test_causal_to_rounding(split, T):
 
 
 def strided(args):
-    """The same values in other strides: parts of a projection, turned, every other one."""
-    projected = torch.cat([args[k] for k in SIGNALS], 1).transpose(0, 1).contiguous()
-    u, pre, post = projected.transpose(0, 1).chunk(3, 1)
-    return {
-        "u": u,
-        "filter": F.pad(args["filter"], (3, 5))[:, 3:-5],
-        "pre_gate": pre,
-        "post_gate": post.transpose(1, 2).contiguous().transpose(1, 2),
-        "skip": args["skip"].repeat_interleave(2)[::2],
-        "short_filters": args["short_filters"].transpose(0, 2).contiguous().transpose(0, 2),
-        "short_bias": args["short_bias"].T.contiguous().T,
-        "dy": args["dy"].repeat_interleave(3, 1)[:, ::3],
+    """The same values, each tensor in strides of its own."""
+    changes = {
+        "u": lambda x: torch.cat([x, x]).transpose(0, 1).contiguous().transpose(0, 1)[: len(x)],
+        "filter": lambda x: F.pad(x, (3, 5))[:, 3:-5],
+        "pre_gate": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+        "post_gate": lambda x: F.pad(x, (0, 7))[:, :, :-7],
+        "dy": lambda x: x.repeat_interleave(3, 1)[:, ::3],
+        "skip": lambda x: x.repeat_interleave(2)[::2],
+        "short_filters": turned,
+        "short_bias": turned,
     }
+    return {k: changes[k](x) for k, x in args.items()}
 
 
-@pytest.mark.parametrize("T", [20, 256])
-def test_non_contiguous_inputs(T):
-    args, _, _ = case("all", 3, 2, T)
+def turned(x):
+    """The same values, the first axis innermost."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize(("form", "T"), [("bare", 20), ("pre", 20), ("all", 20), ("all", 256)])
+def test_non_contiguous_inputs(form, T):
+    args, _, _ = case(form, 3, 2, T)
     others = strided(args)
     assert not any(x.is_contiguous() for x in others.values())
     expected = kernel_results(args)
     assert_same(kernel_results(others), expected)
-    turned = {
-        k: x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x
-        for k, x in args.items()
-    }
-    assert_same(kernel_results(turned), expected)
+    assert_same(kernel_results({k: turned(x) for k, x in args.items()}), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -433,7 +433,7 @@ def test_memory_beside_tensors_is_neither_read_nor_written(form, T, plan):
     """Nor is memory read before it is written."""
     args, _, _ = case(form, 3, 2, T)
     expected = kernel_results(args, plan)
-    for some in (args, strided(args)) if form == "all" else (args,):
+    for some in (args, strided(args)):
         with guarded_allocations():
             got = kernel_results({k: in_margins(x) for k, x in some.items()}, plan)
         assert_same(got, expected)
@@ -567,22 +567,22 @@ def test_a_step_of_non_contiguous_inputs():
     args = token(3, 5, 40)
     buffer = F.pad(args["history"], (0, 24), value=math.nan)
     others = {
-        "u": args["u"].T.contiguous().T,
+        "u": turned(args["u"]),
         "taps": F.pad(args["taps"], (7, 0), value=math.nan)[:, 7:],
         "history": buffer[:, :, :40],
         "pre_gate": args["pre_gate"].repeat_interleave(2, 1)[:, ::2],
-        "post_gate": args["post_gate"].T.contiguous().T,
+        "post_gate": turned(args["post_gate"]),
         "skip": args["skip"].repeat_interleave(2)[::2],
     }
     assert not any(x.is_contiguous() for x in others.values())
     expected = step_results(args, long_conv_step_triton)
     assert_same(step_results(others, long_conv_step_triton), expected)
-    turned = {k: x.transpose(0, -1).contiguous().transpose(0, -1) for k, x in args.items()}
-    assert_same(step_results(turned, long_conv_step_triton), expected)
+    innermost = {k: turned(x) for k, x in args.items()}
+    assert_same(step_results(innermost, long_conv_step_triton), expected)
 
 
 def test_memory_beside_a_steps_tensors_is_neither_read_nor_written():
-    args = token(17, 3, 300)
+    args = token(37, 3, 300)
     expected = step_results(args, long_conv_step_triton)
     with guarded_allocations():
         got = step_results({k: in_margins(x) for k, x in args.items()}, long_conv_step_triton)
@@ -666,7 +666,7 @@ def test_the_plan_is_followed(monkeypatch, matmul_precision):
 
 @pytest.mark.parametrize(
     "plan",
-    [LongConvPlan(0), LongConvPlan(-1), LongConvPlan(1, "exact")],  # type: ignore[arg-type]
+    [LongConvPlan(0), LongConvPlan(-1), LongConvPlan(1, "exact")],
 )
 @pytest.mark.parametrize("form", ["bare", "history"])
 def test_a_plan_that_is_none_is_refused(plan, form):
@@ -701,15 +701,15 @@ def test_bfloat16_is_refused_in_the_interpreter():
 OPERANDS = tuple(inputs("all", 1, 1, 1))[:-1]
 
 
-@pytest.mark.parametrize("form", ["bare", "all"])
-def test_operations_keep_pytorchs_rules(form):
-    args = inputs(form, 3, 2, 20)
+@pytest.mark.parametrize(
+    "args", [inputs("bare", 2, 1, 5), strided(inputs("all", 2, 2, 5))], ids=["bare", "all"]
+)
+def test_operations_keep_pytorchs_rules(args):
+    tensors = [args.get(k) for k in OPERANDS]
     ops = torch.ops.seqscale
-    for some in (args, strided(args)) if form == "all" else (args,):
-        tensors = [some.get(k) for k in OPERANDS]
-        torch.library.opcheck(ops.long_conv_backward.default, (some["dy"], *tensors, 2, True))
-        leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-        torch.library.opcheck(ops.long_conv.default, (*leaves, 2, False))
+    torch.library.opcheck(ops.long_conv_backward.default, (args["dy"], *tensors, 2, True))
+    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    torch.library.opcheck(ops.long_conv.default, (*leaves, 2, False))
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -763,16 +763,16 @@ def test_flops_are_those_of_hyena():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T", [256, 1025, 2048, 4096])
 def test_on_a_gpu(T, dtype, precision):
-    args, plan = inputs("all", 8, 64, T, dtype), LongConvPlan(3, precision)
+    D = 2**17 // max(T, 2048)  # the direct sums take 8 D T^2 bytes, several times
+    args, plan = inputs("all", 8, D, T, dtype), LongConvPlan(3, precision)
     got = kernel_results(args, plan)
     if precision == "accurate":
         assert_exact(got, plain_results(args), exact_results(args))
     else:
-        rounded = torch.finfo(dtype).eps
         exact = exact_results(args)
         for name in got:
             error = relative_rms(got[name], exact[name], terms_of(name, exact))
-            assert error < FAST_SUMS + rounded, (name, error)
+            assert error < FAST_SUMS + torch.finfo(dtype).eps, (name, error)
     for _ in range(50):
         assert_same(kernel_results(args, plan), got)
 
@@ -781,8 +781,8 @@ def test_on_a_gpu(T, dtype, precision):
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
     """Of signals, of results, and of what programs keep for themselves."""
-    if torch.cuda.mem_get_info()[0] < 70 << 30:
-        pytest.skip("needs 70 GiB of GPU memory")
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of GPU memory")
     B, D, T = 3, 180_000, 4096
     args = {
         "u": torch.randn(B, D, T, device=DEVICE, dtype=torch.bfloat16),
