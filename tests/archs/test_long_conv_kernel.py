@@ -37,6 +37,7 @@ from kernel_checks import (
 )
 
 pytest.importorskip("triton")
+from archs.ops import long_conv_kernel as kernels
 
 # Each side of lengths that transforms have, and such lengths, where no load needs a mask.
 LENGTHS = (1, 2, 3, 17, 127, 128, 129, 256, 257, 1000, 1024, 1025, 2048, 3000, 4096)
@@ -702,14 +703,18 @@ OPERANDS = tuple(inputs("all", 1, 1, 1))[:-1]
 
 
 @pytest.mark.parametrize(
-    "args", [inputs("bare", 2, 1, 5), strided(inputs("all", 2, 2, 5))], ids=["bare", "all"]
+    "args",
+    [
+        {k: turned(x) for k, x in inputs("bare", 2, 2, 5).items()},
+        strided(inputs("all", 2, 2, 5, torch.float16)),
+    ],
+    ids=["bare", "all"],
 )
 def test_operations_keep_pytorchs_rules(args):
     tensors = [args.get(k) for k in OPERANDS]
-    ops = torch.ops.seqscale
-    torch.library.opcheck(ops.long_conv_backward.default, (args["dy"], *tensors, 2, True))
+    torch.library.opcheck(kernels.long_conv_backward_op, (args["dy"], *tensors, 2, True))
     leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    torch.library.opcheck(ops.long_conv.default, (*leaves, 2, False))
+    torch.library.opcheck(kernels.long_conv_op, (*leaves, 2, False))
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -717,7 +722,7 @@ def test_the_step_keeps_pytorchs_rules(gates):
     args = token(2, 3, 5, gates=gates)
     names = ("u", "taps", "history", *GATES, "skip")
     leaves = [args[k].requires_grad_() if k in args else None for k in names]
-    torch.library.opcheck(torch.ops.seqscale.long_conv_step.default, tuple(leaves))
+    torch.library.opcheck(kernels.long_conv_step_op, tuple(leaves))
 
 
 def test_torch_compile_needs_no_graph_break(matmul_precision):
