@@ -5,11 +5,12 @@
 # short jobs runs one of PARTS a job. Needs what `pip install .[test]` installs; pytest's plug-ins may
 # be missing.
 #
-#   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, tests.txt, plans.txt, ops.jsonl,
-#                                   cost.jsonl, figures
-#   PARTS="kernels ssd" sh results/h100.sh     some parts: kernels, tests, plans, attention, ssd,
-#                                              wkv7, long_conv, cost
-parts=${PARTS:-kernels tests plans attention ssd wkv7 long_conv cost}
+#   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, long_kernels.txt, tests.txt,
+#                                   plans.txt, ops.jsonl, cost.jsonl, figures
+#   PARTS="kernels ssd" sh results/h100.sh     some parts: kernels, long_kernels (the long
+#                                              convolution's), tests, plans, attention, ssd, wkv7,
+#                                              long_conv, cost
+parts=${PARTS:-kernels long_kernels tests plans attention ssd wkv7 long_conv cost}
 out=${1:-runs/h100}
 python=${PYTHON:-python3}
 unset TRITON_INTERPRET
@@ -19,7 +20,10 @@ $python -m harness doctor | tee "$out/doctor.txt"
 pytest="$python -m pytest -o addopts= -m gpu -q -ra --continue-on-collection-errors"
 for part in $parts; do
   case $part in
-    kernels) timeout 480 $pytest tests/archs/test_*_kernel.py 2>&1 | tee "$out/kernels.txt" ;;
+    kernels) timeout 480 $pytest tests/archs/test_[!l]*_kernel.py 2>&1 | tee "$out/kernels.txt" ;;
+    long_kernels)
+      timeout 520 $pytest tests/archs/test_long_*_kernel.py 2>&1 | tee "$out/long_kernels.txt"
+      ;;
     tests) timeout 480 $pytest tests/harness 2>&1 | tee "$out/tests.txt" ;;
     plans)
       for op in ssd wkv7 long_conv; do
