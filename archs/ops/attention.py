@@ -16,17 +16,51 @@ at n_b - T + t. A query before the first key (n_b < T) reads nothing and yields 
 FlashAttention. Keys from n_b on are never read into a result, but must be finite.
 """
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from archs.ops import Backend, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops.plan import multiprocessors
 
 # Queries that share one call and one mask where the causal form does not fit: of 128, 256 and 512
 # the fastest on a CPU for windows of 256 and 1024, forward and backward.
 QUERY_BLOCK = 256
+
+LARGEST_HEAD = 256  # K of the Triton kernels
+DECODE_ROWS = 64  # at most: queries of all heads that share a key head, in one tile
+PROGRAMS = 4  # a multiprocessor, where keys are split: each has four warps, half of the registers
+LEAST_SPLIT = 256  # keys
+
+
+class AttentionPlan(NamedTuple):
+    """Which variant of the Triton kernels runs forward."""
+
+    path: str = "tiles"  # tiles of queries; or decode: few queries, their keys split
+    splits: int = 1  # of the keys, in path decode
+
+
+def plan(
+    shape: tuple[int, int, int, int],
+    keys: tuple[int, int],
+    device: torch.device | str,
+    window: int | None = None,
+) -> AttentionPlan:
+    """The plan for q of a shape (B, T, H, K) and (S, H_kv) keys and key heads.
+
+    Few queries over more keys are decoded, the keys split where batch rows and key heads have too
+    few programs. Arithmetic, not measured.
+    """
+    B, T, H, _ = shape
+    S, H_kv = keys
+    if T * H // H_kv > DECODE_ROWS or 1 < T == S:
+        return AttentionPlan()
+    read = S if window is None else min(S, T + window - 1)
+    fill = -(-PROGRAMS * multiprocessors(device) // (B * H_kv))
+    return AttentionPlan("decode", max(1, min(fill, read // LEAST_SPLIT)))
 
 
 def attention_step(
@@ -175,6 +209,44 @@ class _KeySlice(torch.autograd.Function):
         return buffer, None, None
 
 
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+    chosen: AttentionPlan | None = None,
+) -> Tensor:
+    """Our Triton kernels; arguments and result as in `attention`."""
+    module = _kernels(q)
+    _, T, H, _ = q.shape
+    S, H_kv = k.shape[1:3]
+    if chosen is None:
+        chosen = plan((*q.shape,), (S, H_kv), q.device, window)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if chosen == AttentionPlan():
+        return module.attention_op(q, k, v, lengths, window)[0]
+    if chosen.path != "decode" or chosen.splits < 1:
+        raise ValueError(f"attention: no such plan: {chosen}")
+    if T * H // H_kv > DECODE_ROWS:
+        raise ValueError(
+            f"attention: path 'decode' has room for {DECODE_ROWS} queries of all heads that share "
+            f"a key head, got {T} of {H // H_kv} heads; use path 'tiles'"
+        )
+    return module.attention_decode_op(q, k, v, lengths, window, chosen.splits)[0]
+
+
+def _kernels(q: Tensor) -> ModuleType:
+    """The module of the Triton kernels, for q (..., K)."""
+    if q.shape[-1] > LARGEST_HEAD:
+        raise BackendUnavailableError(
+            f"attention: backend 'triton' has kernels for head sizes K up to {LARGEST_HEAD}, and "
+            f"got {q.shape[-1]}; use 'torch'"
+        )
+    return kernels("attention", q)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -182,6 +254,7 @@ def attention(
     *,
     window: int | None = None,
     lengths: Tensor | None = None,
+    plan: AttentionPlan | None = None,
     backend: Backend,
 ) -> Tensor:
     """Causal attention of the T newest tokens to S keys, themselves included.
@@ -192,15 +265,17 @@ def attention(
         v: values (B, S, H_kv, K).
         window: how many of the newest keys a query reads, its own included; None reads all.
         lengths: (B,) integers in [0, S], the valid keys of each row; None means S.
-        backend: "reference" or "torch".
+        plan: the variant of the Triton kernels; None means what `archs.ops.attention.plan` chooses.
+        backend: "reference", "torch" or "triton" (K up to 256; for its precision see
+            `archs.ops.attention_kernel`).
 
     Returns:
         y (B, T, H, K) in the type of q.
 
     Raises:
         ValueError: shapes that do not fit, window < 1, lengths outside [0, S] (values are checked
-            on the CPU only), an unknown backend.
-        BackendUnavailableError: the backend is not built.
+            on the CPU only), an unknown backend, a plan that cannot be or without kernels.
+        BackendUnavailableError: the backend cannot run here.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
@@ -226,6 +301,10 @@ def attention(
             )
         if lengths.device.type == "cpu" and not ((lengths >= 0) & (lengths <= S)).all():
             raise ValueError(f"attention: lengths must lie in [0, {S}], got {lengths.tolist()}")
+    if backend == "triton":
+        return attention_triton(q, k, v, window=window, lengths=lengths, chosen=plan)
+    if plan is not None:
+        raise ValueError(f"attention: plan is for backend 'triton', got backend {backend!r}")
     if backend == "reference":
         return attention_reference(q, k, v, window=window, lengths=lengths)
     if backend == "torch":
