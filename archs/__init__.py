@@ -10,7 +10,10 @@ from contextlib import redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any, Literal, cast
+
+import torch
 
 from archs.block import Block, BlockConfig, BlockOutput
 from archs.hyena import HyenaBlock
@@ -78,16 +81,19 @@ def block_class(name: str) -> type[Block]:
     raise ValueError(f"unknown architecture {name!r}, expected one of {', '.join(menu)}{hint}")
 
 
-def resolve_backend(backend: str) -> Backend:
-    """The backend that "auto" stands for here; any other is returned as it is.
+def resolve_backend(backend: str, device: torch.device | str | None = None) -> Backend:
+    """The backend that "auto" stands for; any other is returned as it is.
 
-    Until an operation has a Triton kernel, "auto" is "torch" on every device.
+    Args:
+        backend: "auto" is our Triton kernels ("triton") on an NVIDIA GPU, else "torch".
+        device: where the operations will run; None means on a GPU if PyTorch sees one.
 
     Raises:
         ValueError: there is no such backend.
     """
     if backend == "auto":
-        return "torch"
+        on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        return "triton" if on_gpu and find_spec("triton") else "torch"
     if backend not in BACKENDS:
         close = get_close_matches(backend, ("auto", *BACKENDS), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -113,7 +119,7 @@ def build_block(
         layer_index: place in the stack (RWKV-7's initialisation depends on it).
         depth: number of blocks in the stack.
         kind_index: place among the blocks of the same architecture; default `layer_index`.
-        backend: "auto" is resolved here, once.
+        backend: "auto" is resolved here, once: "triton" where PyTorch sees an NVIDIA GPU.
         **fields: the fields of the architecture's `Config` (`width`, `max_len`, ...).
 
     Raises:
@@ -149,7 +155,7 @@ def build_model(
         depth: number of blocks; the pattern is repeated to fill it. Default: the pattern once.
         vocab_size: number of tokens V (256: bytes).
         max_len: longest sequence; only Hyena's filter depends on it.
-        backend: "auto" is resolved here, once.
+        backend: "auto" is resolved here, once: "triton" where PyTorch sees an NVIDIA GPU.
         tie_embeddings: share the embedding's weight with the head.
         options: further `Config` fields by architecture, as {"transformer": {"kv_heads": 2}}.
 

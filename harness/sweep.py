@@ -78,6 +78,7 @@ class Grid:
     size: str | Sequence[str] = "d256"
     # auto: float32 on a CPU and in training runs, else bfloat16 on a GPU
     dtype: str | Sequence[str] = "auto"
+    # auto: our Triton kernels on a GPU, else torch
     backend: str | Sequence[str] = "auto"
     # ours, or the name of a library's, of whose operation every architecture of the grid is
     # measured that calls it, and no other
@@ -102,7 +103,9 @@ class Grid:
         )
         default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
-        backends: list[Backend] = [resolve_backend(name) for name in self._names("backend")]
+        backends: list[Backend] = [
+            resolve_backend(name, device) for name in self._names("backend")
+        ]
         pairs = self._implemented(archs)
         return [
             Case(

@@ -222,6 +222,8 @@ def attention_triton(
     module = _kernels(q)
     _, T, H, _ = q.shape
     S, H_kv = k.shape[1:3]
+    if window is not None and window >= S:
+        window = None
     if chosen is None:
         chosen = plan((*q.shape,), (S, H_kv), q.device, window)
     k, v = k.to(q.dtype), v.to(q.dtype)

@@ -30,8 +30,8 @@ def descend(
     PRECISION: tl.constexpr,
 ):
     """The gradient of queries, by BN more keys."""
-    k = tile(p_k, stride_k, j, o_n, o_k, n, K)  # (BN, BK)
-    v = tile(p_v, stride_v, j, o_n, o_k, n, K)  # (BN, BK)
+    k = tile(p_k, stride_k, j + o_n, o_k, n, K)  # (BN, BK)
+    v = tile(p_v, stride_v, j + o_n, o_k, n, K)  # (BN, BK)
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
     if (j < inner) | (j >= outer):
         logits = hide(logits, position[:, None], (j + o_n)[None, :], window)
@@ -80,11 +80,11 @@ def attention_dq_kernel(
     t = i_m * BM
     m_t = t + o_m < T
     i_row = (i_b.to(tl.int64) * H + i_h) * T + t
-    dy = tile(head(DY, strides_dy, i_b, i_h), strides_dy[1], t, o_m, o_k, T, K)
-    y = tile(head(Y, strides_y, i_b, i_h), strides_y[1], t, o_m, o_k, T, K)
+    dy = tile(head(DY, strides_dy, i_b, i_h), strides_dy[1], t + o_m, o_k, T, K)
+    y = tile(head(Y, strides_y, i_b, i_h), strides_y[1], t + o_m, o_k, T, K)
     delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
     tl.store(DELTA + i_row + o_m, delta, m_t)
-    q = tile(head(Q, strides_q, i_b, i_h), strides_q[1], t, o_m, o_k, T, K)
+    q = tile(head(Q, strides_q, i_b, i_h), strides_q[1], t + o_m, o_k, T, K)
     lse = tl.load(LSE + i_row + o_m, m_t, other=0.0)
     p_k, p_v = head(KEYS, strides_k, i_b, i_h // R), head(VALUES, strides_v, i_b, i_h // R)
     dq = tl.zeros((BM, BK), tl.float32)
@@ -97,7 +97,7 @@ def attention_dq_kernel(
             first + o_m, o_n, o_k, window, scale, K, PRECISION,
         )  # fmt: skip
     dq *= scale * 0.6931471805599453
-    store(head(DQ, strides_dq, i_b, i_h), strides_dq[1], t, o_m, o_k, T, K, dq)
+    store(head(DQ, strides_dq, i_b, i_h), strides_dq[1], t + o_m, o_k, T, K, dq)
 
 
 @triton.jit
@@ -126,8 +126,8 @@ def gather(
     PRECISION: tl.constexpr,
 ):
     """The gradients of keys and values, by BM more queries."""
-    q = tile(p_q, stride_q, t, o_m, o_k, T, K)  # (BM, BK)
-    dy = tile(p_dy, stride_dy, t, o_m, o_k, T, K)  # (BM, BK)
+    q = tile(p_q, stride_q, t + o_m, o_k, T, K)  # (BM, BK)
+    dy = tile(p_dy, stride_dy, t + o_m, o_k, T, K)  # (BM, BK)
     lse = tl.load(p_lse + t + o_m, t + o_m < T, other=0.0)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BN, BM)
     if (t < inner) | (t >= outer):
@@ -179,8 +179,8 @@ def attention_dkv_kernel(
     n = keys_of(LENGTHS, i_b, S)
     o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     j = i_n * BN
-    k = tile(head(KEYS, strides_k, i_b, i_kv), strides_k[1], j, o_n, o_k, S, K)
-    v = tile(head(VALUES, strides_v, i_b, i_kv), strides_v[1], j, o_n, o_k, S, K)
+    k = tile(head(KEYS, strides_k, i_b, i_kv), strides_k[1], j + o_n, o_k, S, K)
+    v = tile(head(VALUES, strides_v, i_b, i_kv), strides_v[1], j + o_n, o_k, S, K)
     dk = tl.zeros((BN, BK), tl.float32)
     dv = tl.zeros((BN, BK), tl.float32)
     key = j + o_n
@@ -205,5 +205,5 @@ def attention_dkv_kernel(
                 t, inner, outer, T, before, key, o_m, o_k, window, scale, K, PRECISION,
             )  # fmt: skip
     dk *= scale * 0.6931471805599453
-    store(head(DK, strides_dk, i_b, i_kv), strides_dk[1], j, o_n, o_k, S, K, dk)
-    store(head(DV, strides_dv, i_b, i_kv), strides_dv[1], j, o_n, o_k, S, K, dv)
+    store(head(DK, strides_dk, i_b, i_kv), strides_dk[1], j + o_n, o_k, S, K, dk)
+    store(head(DV, strides_dv, i_b, i_kv), strides_dv[1], j + o_n, o_k, S, K, dv)

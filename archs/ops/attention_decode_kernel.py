@@ -62,38 +62,39 @@ def attention_decode_kernel(
             q, y, total, most, p_k, p_v, strides_k[1], strides_v[1], j, 0, 0, n, n - T + t, o_n,
             o_k, window, scale, K, PRECISION,
         )  # fmt: skip
-    i_row = i_b.to(tl.int64) * (H // R) + i_kv
-    p_lse = LSE + (i_row * R + r) * T + t
-    p_y = head(Y, strides_y, i_b, i_kv * R) + (t * strides_y[1] + r * strides_y[2])[:, None] + o_k
+    i_group = i_b.to(tl.int64) * (H // R) + i_kv
+    p_y = head(Y, strides_y, i_b, i_kv * R)
+    p_lse = LSE + i_group * (R * T)
     if SPLITS == 1:
         total = tl.where(total == 0.0, 1.0, total)  # a query without keys yields 0
-        tl.store(p_y, (y / total[:, None]).to(Y.dtype.element_ty), m_row)
-        tl.store(p_lse, most + tl.log2(total), o_m < rows)
+        p_rows = p_y + (t * strides_y[1] + r * strides_y[2])[:, None] + o_k
+        tl.store(p_rows, (y / total[:, None]).to(Y.dtype.element_ty), m_row)
+        tl.store(p_lse + r * T + t, most + tl.log2(total), o_m < rows)
     else:
-        i_row *= rows
-        p_part = PARTS + ((i_row + o_m[:, None]) * SPLITS + i_s) * K + o_k[None, :]
-        tl.store(p_part, y, m_row)
-        p_weight = WEIGHTS + i_row * (2 * SPLITS)
-        tl.store(p_weight + o_m * SPLITS + i_s, most, o_m < rows)
-        tl.store(p_weight + (rows + o_m) * SPLITS + i_s, total, o_m < rows)
-        tl.debug_barrier()  # all of this program's parts, before it says that they are there
-        done = tl.atomic_add(DONE + i_row // rows, 1, sem="acq_rel")
+        p_parts = PARTS + i_group * (rows * SPLITS * K)
+        p_most = WEIGHTS + i_group * (2 * rows * SPLITS)
+        p_total = p_most + rows * SPLITS
+        o_part = o_m * SPLITS + i_s
+        tl.store(p_parts + o_part[:, None] * K + o_k, y, m_row)
+        tl.store(p_most + o_part, most, o_m < rows)
+        tl.store(p_total + o_part, total, o_m < rows)
+        tl.debug_barrier()  # all of this program's part is there before it is said to be
+        done = tl.atomic_add(DONE + i_group, 1, sem="acq_rel")
         if done == SPLITS - 1:
             o_s = tl.arange(0, BS)
-            m_part = (o_s < SPLITS)[:, None] & (o_k < K)[None, :]
+            m_s = o_s < SPLITS
             for i in range(rows):
-                p_most = p_weight + i * SPLITS + o_s
-                mosts = tl.load(p_most, o_s < SPLITS, other=-1e30, cache_modifier=".cg")
-                p_total = p_weight + (rows + i) * SPLITS + o_s
-                totals = tl.load(p_total, o_s < SPLITS, other=0.0, cache_modifier=".cg")
-                p_part = PARTS + (i_row + i) * (SPLITS * K) + (o_s[:, None] * K + o_k[None, :])
-                parts = tl.load(p_part, m_part, other=0.0, cache_modifier=".cg")  # (BS, BK)
+                o_split = i * SPLITS + o_s
+                mosts = tl.load(p_most + o_split, m_s, other=-1e30, cache_modifier=".cg")
+                totals = tl.load(p_total + o_split, m_s, other=0.0, cache_modifier=".cg")
+                p_sums = p_parts + o_split[:, None] * K + o_k
+                m_sums = m_s[:, None] & (o_k < K)[None, :]
+                sums = tl.load(p_sums, m_sums, other=0.0, cache_modifier=".cg")  # (BS, BK)
                 highest = tl.max(mosts, 0)
                 shares = tl.exp2(mosts - highest)
                 whole = tl.sum(totals * shares, 0)
                 whole = tl.where(whole == 0.0, 1.0, whole)
-                y_row = tl.sum(parts * shares[:, None], 0) / whole
-                p_row = head(Y, strides_y, i_b, i_kv * R + i % R) + (i // R) * strides_y[1] + o_k
+                y_row = tl.sum(sums * shares[:, None], 0) / whole
+                p_row = p_y + (i // R) * strides_y[1] + (i % R) * strides_y[2] + o_k
                 tl.store(p_row, y_row.to(Y.dtype.element_ty), o_k < K)
-                i_lse = (i_row // rows * R + i % R) * T + i // R
-                tl.store(LSE + i_lse, highest + tl.log2(whole))
+                tl.store(p_lse + (i % R) * T + i // R, highest + tl.log2(whole))

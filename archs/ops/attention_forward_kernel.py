@@ -21,21 +21,26 @@ def head(X, strides, i_b, i_h):
 
 
 @triton.jit
-def tile(X, stride, i, o_row, o_k, N, K: tl.constexpr):
-    """Rows i + o_row, of N, of a head that begins at X: (rows, BK), 0 where there is none."""
-    p_x = X + (i + o_row).to(tl.int64)[:, None] * stride + o_k[None, :]
-    m_x = (i + o_row < N)[:, None]
-    BK: tl.constexpr = o_k.shape[0]
-    if BK != K:
-        m_x = m_x & (o_k < K)[None, :]
-    return tl.load(p_x, m_x, other=0.0)
+def places(X, stride, row, o_k):
+    """Where rows of a head that begins at X lie: (rows, BK)."""
+    return X + row.to(tl.int64)[:, None] * stride + o_k[None, :]
 
 
 @triton.jit
-def store(X, stride, i, o_row, o_k, N, K: tl.constexpr, x):
-    """Rows i + o_row, of N, of a head that begins at X, from x (rows, BK)."""
-    p_x = X + (i + o_row).to(tl.int64)[:, None] * stride + o_k[None, :]
-    tl.store(p_x, x.to(X.dtype.element_ty), (i + o_row < N)[:, None] & (o_k < K)[None, :])
+def tile(X, stride, row, o_k, N, K: tl.constexpr):
+    """Rows of a head that begins at X and has N: (rows, BK), 0 where there is none."""
+    m_x = (row < N)[:, None]
+    BK: tl.constexpr = o_k.shape[0]
+    if BK != K:
+        m_x = m_x & (o_k < K)[None, :]
+    return tl.load(places(X, stride, row, o_k), m_x, other=0.0)
+
+
+@triton.jit
+def store(X, stride, row, o_k, N, K: tl.constexpr, x):
+    """Write x (rows, BK) to rows of a head that begins at X and has N."""
+    m_x = (row < N)[:, None] & (o_k < K)[None, :]
+    tl.store(places(X, stride, row, o_k), x.to(X.dtype.element_ty), m_x)
 
 
 @triton.jit
@@ -87,7 +92,7 @@ def attend(
     PRECISION: tl.constexpr,
 ):
     """The sums with BN more keys."""
-    k = tile(p_k, stride_k, j, o_n, o_k, n, K)  # (BN, BK)
+    k = tile(p_k, stride_k, j + o_n, o_k, n, K)  # (BN, BK)
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BM, BN)
     if (j < inner) | (j >= outer):
         logits = hide(logits, position[:, None], (j + o_n)[None, :], window)
@@ -95,7 +100,7 @@ def attend(
     weights = tl.exp2(logits * scale - higher[:, None])
     shrunk = tl.exp2(most - higher)
     total = total * shrunk + tl.sum(weights, 1)
-    v = tile(p_v, stride_v, j, o_n, o_k, n, K)  # (BN, BK)
+    v = tile(p_v, stride_v, j + o_n, o_k, n, K)  # (BN, BK)
     y = tl.dot(weights.to(v.dtype), v, y * shrunk[:, None], input_precision=PRECISION)
     return y, total, higher
 
@@ -133,7 +138,7 @@ def attention_forward_kernel(
     o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     t = i_m * BM
     p_k, p_v = head(KEYS, strides_k, i_b, i_h // R), head(VALUES, strides_v, i_b, i_h // R)
-    q = tile(head(Q, strides_q, i_b, i_h), strides_q[1], t, o_m, o_k, T, K)
+    q = tile(head(Q, strides_q, i_b, i_h), strides_q[1], t + o_m, o_k, T, K)
     y = tl.zeros((BM, BK), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     most = tl.full((BM,), -1e30, tl.float32)  # finite: -inf less -inf is NaN
@@ -146,8 +151,6 @@ def attention_forward_kernel(
             first + o_m, o_n, o_k, window, scale, K, PRECISION,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # a query without keys yields 0
-    store(
-        head(Y, strides_y, i_b, i_h), strides_y[1], t, o_m, o_k, T, K, y / total[:, None]
-    )
+    store(head(Y, strides_y, i_b, i_h), strides_y[1], t + o_m, o_k, T, K, y / total[:, None])
     p_lse = LSE + (i_b.to(tl.int64) * H + i_h) * T + t + o_m
     tl.store(p_lse, most + tl.log2(total), t + o_m < T)

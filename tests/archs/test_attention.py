@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from archs.ops import BackendUnavailableError
 from archs.ops import attention as module
 from archs.ops.attention import attention, attention_reference, attention_step, attention_torch
 
@@ -376,9 +375,3 @@ def test_values_must_match_keys():
     q, k = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match="expected q"):
         attention(q, k, k[:, 1:], backend="torch")
-
-
-def test_triton_is_not_built_yet():
-    q = torch.zeros(1, 3, 2, 4)
-    with pytest.raises(BackendUnavailableError, match="not built yet"):
-        attention(q, q, q, backend="triton")

@@ -146,3 +146,18 @@ def test_import_is_quick():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_has_a_name(backend):
     assert archs.resolve_backend(backend) == backend
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert archs.resolve_backend("auto") == ("triton" if there else "torch")
+        assert archs.resolve_backend("auto", "cuda:0") == "triton"
+        assert archs.resolve_backend("auto", "cpu") == "torch"
+        model = archs.build_model("mamba2+rwkv7+hyena+transformer", width=64)
+        assert {block.backend for block in model.blocks} == {"triton" if there else "torch"}
+
+
+def test_auto_is_torch_without_triton(monkeypatch):
+    monkeypatch.setattr(archs, "find_spec", lambda name: None)
+    assert archs.resolve_backend("auto", "cuda") == "torch"
