@@ -92,7 +92,9 @@ def resolve_backend(backend: str, device: torch.device | str | None = None) -> B
         ValueError: there is no such backend.
     """
     if backend == "auto":
-        on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        on_gpu = (
+            torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        )
         return "triton" if on_gpu and find_spec("triton") else "torch"
     if backend not in BACKENDS:
         close = get_close_matches(backend, ("auto", *BACKENDS), n=1)

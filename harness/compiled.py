@@ -197,7 +197,7 @@ def _examine(kernel: Any, arch: int, launches: int) -> Compiled:
         spills=opcodes["LDL"] + opcodes["STL"],
         spills_in_loops=in_loops["LDL"] + in_loops["STL"],
         programs_per_sm=programs,
-        remarks=tuple(remarks(arch, opcodes, in_loops, kernel.asm["ttir"], programs)),
+        remarks=tuple(remarks(arch, opcodes, in_loops, kernel.asm.get("ttir", ""), programs)),
     )
 
 

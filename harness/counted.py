@@ -3,7 +3,8 @@
 Main tensors have two bytes an element; decays, filters and states four, as on a GPU. Where our
 operation has a state, one is passed in and the one after it is returned.
 
-Letters: B batch, T tokens, H heads, K, P and N sizes of a head and its state, G groups, D channels.
+Letters: B batch, T tokens, S keys, H heads and H_kv key heads, K, P and N sizes of a head and its
+state, G groups, D channels.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archs.ops.attention import AttentionPlan
 from archs.ops.long_conv import LongConvPlan
 from archs.ops.plan import Plan
 from archs.ops.short_conv import short_conv
@@ -35,11 +37,19 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
 }
 # The variant of our kernels at each shape; and shapes for other variants alone, forward.
 PLANS: dict[str, dict[str, Any]] = {
+    "attention": {"plan": AttentionPlan("tiles")},
     "ssd": {"plan": Plan(1)},
     "wkv7": {"plan": Plan(1)},
     "long_conv": {"plan": LongConvPlan(1, "fast")},
 }
 VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
+    "attention": (
+        (
+            {"B": 2, "T": 1, "S": 8192, "H": 8, "H_kv": 2, "K": 128},
+            "decode in 8 splits",
+            {"plan": AttentionPlan("decode", 8)},
+        ),
+    ),
     "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": Plan(4)}),),
 }
 # Our kernels that form tables in the first call of a length: sizes of a short one.
@@ -156,8 +166,11 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 
 
-def _attention(randn: Randn, B: int, T: int, H: int, K: int) -> Tensors:
-    return {name: randn(B, T, H, K) for name in "qkv"}
+def _attention(
+    randn: Randn, B: int, T: int, H: int, K: int, S: int | None = None, H_kv: int | None = None
+) -> Tensors:
+    keys = B, S or T, H_kv or H, K
+    return {"q": randn(B, T, H, K), "k": randn(*keys), "v": randn(*keys)}
 
 
 def _ssd(randn: Randn, B: int, T: int, H: int, P: int, N: int, G: int) -> Tensors:

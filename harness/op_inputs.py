@@ -128,7 +128,10 @@ class AttentionOp(Op):
 
     def run(self, inputs: Tensors, backend: Backend, operation: Operation | None = None) -> Tensor:
         """Y (B, T, H, K)."""
-        return (operation or attention)(**inputs, window=self.config.window, backend=backend)
+        window = self.config.window
+        if operation is not None:
+            return operation(**inputs, window=window, backend=backend)
+        return attention(**inputs, window=window, plan=None, backend=backend)
 
     def tail(self, inputs: Tensors, tokens: int) -> tuple[Tensors, Tensor]:
         """Directly: the last queries over all the keys that they can see."""

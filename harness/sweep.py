@@ -103,9 +103,7 @@ class Grid:
         )
         default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
-        backends: list[Backend] = [
-            resolve_backend(name, device) for name in self._names("backend")
-        ]
+        backends: list[Backend] = [resolve_backend(name, device) for name in self._names("backend")]
         pairs = self._implemented(archs)
         return [
             Case(

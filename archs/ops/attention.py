@@ -17,7 +17,7 @@ FlashAttention. Keys from n_b on are never read into a result, but must be finit
 """
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -39,8 +39,13 @@ LEAST_SPLIT = 256  # keys
 class AttentionPlan(NamedTuple):
     """Which variant of the Triton kernels runs forward."""
 
-    path: str = "tiles"  # tiles of queries; or decode: few queries, their keys split
+    # tiles of queries; decode: few queries, their keys split; hopper: tiles of queries, in Gluon,
+    # for compute capability 9.0, without lengths
+    path: Literal["tiles", "decode", "hopper"] = "tiles"
     splits: int = 1  # of the keys, in path decode
+
+
+PATHS: tuple[str, ...] = get_args(AttentionPlan.__annotations__["path"])
 
 
 def plan(
@@ -52,7 +57,7 @@ def plan(
     """The plan for q of a shape (B, T, H, K) and (S, H_kv) keys and key heads.
 
     Few queries over more keys are decoded, the keys split where batch rows and key heads have too
-    few programs. Arithmetic, not measured.
+    few programs. Arithmetic, not measured. Path "hopper" has never run on a GPU, and is not chosen.
     """
     B, T, H, _ = shape
     S, H_kv = keys
@@ -220,23 +225,35 @@ def attention_triton(
 ) -> Tensor:
     """Our Triton kernels; arguments and result as in `attention`."""
     module = _kernels(q)
-    _, T, H, _ = q.shape
+    B, T, H, K = q.shape
     S, H_kv = k.shape[1:3]
     if window is not None and window >= S:
         window = None
     if chosen is None:
-        chosen = plan((*q.shape,), (S, H_kv), q.device, window)
+        chosen = plan((B, T, H, K), (S, H_kv), q.device, window)
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if chosen == AttentionPlan():
-        return module.attention_op(q, k, v, lengths, window)[0]
-    if chosen.path != "decode" or chosen.splits < 1:
-        raise ValueError(f"attention: no such plan: {chosen}")
-    if T * H // H_kv > DECODE_ROWS:
+    _check_plan(chosen, T * H // H_kv, lengths)
+    return module.attention_op(q, k, v, lengths, window, *chosen)[0]
+
+
+def _check_plan(chosen: AttentionPlan, rows: int, lengths: Tensor | None) -> None:
+    """ValueError for a plan that cannot be, `rows` queries sharing a key head."""
+    if (
+        chosen.path not in PATHS
+        or chosen.splits < 1
+        or (chosen.splits > 1 and chosen.path != "decode")
+    ):
+        raise ValueError(
+            f"attention: a plan has a path of {', '.join(PATHS)}, and splits from 1 on in path "
+            f"'decode' alone, got {chosen}"
+        )
+    if chosen.path == "decode" and rows > DECODE_ROWS:
         raise ValueError(
             f"attention: path 'decode' has room for {DECODE_ROWS} queries of all heads that share "
-            f"a key head, got {T} of {H // H_kv} heads; use path 'tiles'"
+            f"a key head, got {rows}; use path 'tiles'"
         )
-    return module.attention_decode_op(q, k, v, lengths, window, chosen.splits)[0]
+    if chosen.path == "hopper" and lengths is not None:
+        raise ValueError("attention: path 'hopper' takes no lengths; use path 'tiles'")
 
 
 def _kernels(q: Tensor) -> ModuleType:

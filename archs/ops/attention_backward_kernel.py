@@ -195,15 +195,15 @@ def attention_dkv_kernel(
         stop = tl.minimum(T, tl.maximum(j + BN - 1 - before + window, 0))
     if j >= n:
         stop = 0
-    for r in range(R):
-        i_h = i_kv * R + r
-        p_q, p_dy = head(Q, strides_q, i_b, i_h), head(DY, strides_dy, i_b, i_h)
+    tiles = tl.cdiv(tl.maximum(stop - start, 0), BM)
+    for i in range(R * tiles):  # one loop: heads around tiles would take more registers
+        i_h, t = i_kv * R + i // tiles, start + i % tiles * BM
         i_row = (i_b.to(tl.int64) * H + i_h) * T
-        for t in range(start, stop, BM):
-            dk, dv = gather(
-                k, v, dk, dv, p_q, p_dy, LSE + i_row, DELTA + i_row, strides_q[1], strides_dy[1],
-                t, inner, outer, T, before, key, o_m, o_k, window, scale, K, PRECISION,
-            )  # fmt: skip
+        dk, dv = gather(
+            k, v, dk, dv, head(Q, strides_q, i_b, i_h), head(DY, strides_dy, i_b, i_h),
+            LSE + i_row, DELTA + i_row, strides_q[1], strides_dy[1], t, inner, outer, T, before,
+            key, o_m, o_k, window, scale, K, PRECISION,
+        )  # fmt: skip
     dk *= scale * 0.6931471805599453
     store(head(DK, strides_dk, i_b, i_kv), strides_dk[1], j + o_n, o_k, S, K, dk)
     store(head(DV, strides_dv, i_b, i_kv), strides_dv[1], j + o_n, o_k, S, K, dv)

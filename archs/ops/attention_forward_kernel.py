@@ -7,9 +7,8 @@ import triton.language as tl
 @triton.jit
 def keys_of(LENGTHS, i_b, S):
     """How many keys a batch row has: at most S, whatever its length says."""
-    if LENGTHS is None:
-        n = S
-    else:
+    n = S
+    if LENGTHS is not None:
         n = tl.minimum(tl.maximum(tl.load(LENGTHS + i_b).to(tl.int32), 0), S)
     return n
 

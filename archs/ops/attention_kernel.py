@@ -4,7 +4,8 @@ Forward. One program a head and tile of queries walks the tiles of keys that the
 weights and of weighted values stay in registers, relative to the largest weight so far. Masks are
 formed at the ends of that walk alone. Few queries over many keys are another kernel: the queries
 of all heads that share a key head are rows of one tile, the keys are split over programs, and the
-last of these to finish puts the parts together, in the same launch.
+last of these to finish puts the parts together, in the same launch. For Hopper GPUs there is a
+third, in Gluon: `attention_hopper_kernel`.
 
 Backward. The forward pass keeps log2 of the sum of 2^logits of each query, from which the weights
 are formed again, twice: for the gradient of queries by a program a tile of queries, and for those
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 from archs.ops.attention_backward_kernel import attention_dkv_kernel, attention_dq_kernel
 from archs.ops.attention_decode_kernel import attention_decode_kernel
 from archs.ops.attention_forward_kernel import attention_forward_kernel
+from archs.ops.attention_hopper_kernel import attention_hopper
 
 Strides = tuple[int, int, int]
 
@@ -64,8 +66,10 @@ TILES = {
         4: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 16, 4, 2)},
     },
 }
-# Where these would spill for older GPUs.
-TILES_BEFORE_SM90 = {
+# Of GPUs other than those of data centres from the H100 on: less shared memory, or no asynchronous
+# products, whose operands then lie in registers.
+TILES_OF_OTHERS = {
+    ("forward", 2, 128): Tiles(128, 64, 8, 2),
     ("dq", 2, 128): Tiles(64, 64, 4, 2),
     ("dkv", 2, 64): Tiles(64, 128, 8, 1),
     ("dkv", 2, 128): Tiles(64, 64, 8, 2),
@@ -75,9 +79,15 @@ LEAST = 16  # rows and columns of an operand of a product
 
 @torch.library.custom_op("seqscale::attention", mutates_args=())
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    window: int | None,
+    path: str,
+    splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass, in tiles.
+    """The forward pass.
 
     Args:
         q: (B, T, H, K).
@@ -85,15 +95,22 @@ def attention_op(
         v: (B, S, H_kv, K).
         lengths: (B,), valid keys, or None.
         window: keys that a query reads, or None.
+        path: "tiles", "decode" or, without lengths, "hopper", as in `archs.ops.attention`.
+        splits: of the keys, in path "decode".
 
     Returns:
         y (B, T, H, K) in q's dtype, and log2 of the sum of 2^logits (B, H, T) in float32, logits
         being to base 2: -1e30 for a query without keys.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
-    B, T, H, K = q.shape
+    if path == "hopper":
+        return attention_hopper(q, k, v, window)
+    B, T, H, _ = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    if path == "decode":
+        _decode(q, k, v, lengths, window, splits, y, lse)
+        return y, lse
     sizes, constants, tiles = _launch("forward", q, k, window)
     attention_forward_kernel[(triton.cdiv(T, tiles.queries) * H * B,)](
         q, k, v, lengths, y, lse, *_strides(q, k, v, y), *sizes, **constants
@@ -101,17 +118,20 @@ def attention_op(
     return y, lse
 
 
-@torch.library.custom_op("seqscale::attention_decode", mutates_args=())
-def attention_decode_op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, window: int | None, splits: int
-) -> tuple[Tensor, Tensor]:
-    """The forward pass of few queries, their keys split; else as `attention_op`."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    window: int | None,
+    splits: int,
+    y: Tensor,
+    lse: Tensor,
+) -> None:
+    """Few queries, their keys split, into y and lse."""
     B, T, H, K = q.shape
     H_kv = k.shape[2]
     rows = T * H // H_kv
-    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     parts = weights = done = None
     if splits > 1:
         parts = lse.new_empty(B, H_kv, rows, splits, K)
@@ -135,7 +155,6 @@ def attention_decode_op(
         BS=triton.next_power_of_2(splits),
         **constants,
     )
-    return y, lse
 
 
 @torch.library.custom_op("seqscale::attention_backward", mutates_args=())
@@ -207,8 +226,8 @@ def _launch(
     BK = max(LEAST, triton.next_power_of_2(K))
     size = q.element_size(), max(64, BK)
     tiles = TILES[kernel][size[0]][size[1]]
-    if _arch() < 90:
-        tiles = TILES_BEFORE_SM90.get((kernel, *size), tiles)
+    if not 90 <= _arch() < 120:
+        tiles = TILES_OF_OTHERS.get((kernel, *size), tiles)
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     constants = {
         "K": K,
@@ -230,13 +249,7 @@ def _arch() -> int:
 
 
 @attention_op.register_fake
-def _(q, k, v, lengths, window):
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
-
-
-@attention_decode_op.register_fake
-def _(q, k, v, lengths, window, splits):
+def _(q, k, v, lengths, window, path, splits):
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
 
@@ -247,8 +260,7 @@ def _(dy, q, k, v, y, lse, lengths, window):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lengths, ctx.window, *rest = inputs
-    ctx.others = len(rest)
+    q, k, v, lengths, ctx.window, *_ = inputs
     ctx.save_for_backward(q, k, v, *output, lengths)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -256,17 +268,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * (5 + ctx.others)
+        return (None,) * 7
     *tensors, lengths = ctx.saved_tensors
     gradients = attention_backward_op(dy, *tensors, lengths, ctx.window)
-    return *gradients, None, None, *(None,) * ctx.others
+    return *gradients, None, None, None, None
 
 
 attention_op.register_autograd(_differentiate, setup_context=_setup)
-attention_decode_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-@register_flop_formula([torch.ops.seqscale.attention, torch.ops.seqscale.attention_decode])
+@register_flop_formula(torch.ops.seqscale.attention)
 def _flops(
     q_shape: Any, k_shape: Any, v_shape: Any, lengths: Any, window: int | None, *_: Any, **__: Any
 ) -> int:

@@ -156,10 +156,12 @@ def test_ragged_rows(plan, window):
 def test_lengths_of_either_type_never_lead_outside(dtype):
     """Where the CPU does not look at them, as on a GPU, the kernels do."""
     q, k, v = inputs(2, 70, 100, 1, 1, 16).values()
-    expected = kernels.attention_op(q, k, v, ragged(100, 0).to(dtype), None)
-    got = kernels.attention_op(q, k, v, ragged(2**30, -5).to(dtype), None)
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+    for plan in (TILES, AttentionPlan("decode", 2)):
+        few = q if plan == TILES else q[:, -5:]
+        expected = kernels.attention_op(few, k, v, ragged(100, 0).to(dtype), None, *plan)
+        got = kernels.attention_op(few, k, v, ragged(2**30, -5).to(dtype), None, *plan)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 40])
@@ -266,11 +268,7 @@ def test_the_sums_that_the_backward_pass_needs(plan):
     """log2 of the sum of 2^logits, to base 2."""
     args = inputs(2, 6, 130, 2, 1, 32)
     window, lengths = 70, ragged(130, 4)
-    got = (
-        kernels.attention_op(*args.values(), lengths, window)
-        if plan == TILES
-        else kernels.attention_decode_op(*args.values(), lengths, window, plan.splits)
-    )[1]
+    _, got = kernels.attention_op(*args.values(), lengths, window, *plan)
     logits = torch.einsum("bthk,bsk->bhts", args["q"].double(), args["k"][:, :, 0].double())
     hidden = ~visible(6, 130, 2, window, lengths)[:, None]
     exact = (logits * 32**-0.5).masked_fill(hidden, -math.inf).logsumexp(-1) / math.log(2)
@@ -530,10 +528,27 @@ def test_other_backends_have_no_plans(backend):
 @pytest.mark.parametrize(
     ("T", "plan", "words"),
     [
-        (2, AttentionPlan("decode", 0), "no such plan"),
-        (2, AttentionPlan("tiles", 2), "no such plan"),
-        (2, AttentionPlan("tile"), "no such plan"),
-        (33, AttentionPlan("decode"), "room for 64 queries .* got 33 of 2 heads; use path 'tiles'"),
+        (
+            2,
+            AttentionPlan("decode", 0),
+            "path of tiles, decode, hopper, and splits from 1 on in path 'decode' alone",
+        ),
+        (
+            2,
+            AttentionPlan("tiles", 2),
+            "path of tiles, decode, hopper, and splits from 1 on in path 'decode' alone",
+        ),
+        (
+            2,
+            AttentionPlan("tile"),
+            "path of tiles, decode, hopper, and splits from 1 on in path 'decode' alone",
+        ),
+        (
+            2,
+            AttentionPlan("hopper", 2),
+            "path of tiles, decode, hopper, and splits from 1 on in path 'decode' alone",
+        ),
+        (33, AttentionPlan("decode"), "room for 64 queries .* got 66; use path 'tiles'"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(T, plan, words):
@@ -579,10 +594,10 @@ def test_operations_keep_pytorchs_rules(lengths, window):
     q, k, v = (x.requires_grad_() for x in inputs(2, 4, 50, 2, 1, 16).values())
     lengths = None if lengths is None else ragged(*lengths)
     ops = torch.ops.seqscale
-    torch.library.opcheck(ops.attention.default, (q, k, v, lengths, window))
-    torch.library.opcheck(ops.attention_decode.default, (q, k, v, lengths, window, 2))
+    for plan in (TILES, AttentionPlan("decode", 2)):
+        torch.library.opcheck(ops.attention.default, (q, k, v, lengths, window, *plan))
     q, k, v = (x.detach() for x in (q, k, v))
-    y, lse = kernels.attention_op(q, k, v, lengths, window)
+    y, lse = kernels.attention_op(q, k, v, lengths, window, *TILES)
     arguments = (randn(2, 4, 2, 16), q, k, v, y, lse, lengths, window)
     torch.library.opcheck(ops.attention_backward.default, arguments)
 

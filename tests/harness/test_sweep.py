@@ -101,10 +101,10 @@ def test_types_and_backends_are_resolved_when_the_cells_are_made():
     grid = Grid(level="op", phase="forward", archs="mamba2", lengths=64)
     (on_cpu,), (on_gpu,) = sweep.cells([grid], "cpu"), sweep.cells([grid], "cuda")
     assert (on_cpu.dtype, on_cpu.backend) == ("float32", "torch")
-    assert (on_gpu.dtype, on_gpu.backend) == ("bfloat16", "torch")
-    assert {c.dtype for c in sweep.cells(sweep.preset("quick"), "cuda") if c.kind == "loss"} == {
-        "float32"
-    }
+    assert (on_gpu.dtype, on_gpu.backend) == ("bfloat16", "triton")
+    quick = sweep.cells(sweep.preset("quick"), "cuda")  # what make demo measures
+    assert {c.dtype for c in quick if c.kind == "loss"} == {"float32"}
+    assert {(c.arch, c.backend) for c in quick} == {(arch, "triton") for arch in sweep.ARCHS}
 
 
 def test_a_sweep_is_a_preset_a_file_grids_or_cells(tmp_path):

@@ -1,20 +1,17 @@
 import importlib
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import archs
-from archs import hyena, mamba2, rwkv7
+from archs import hyena, mamba2, rwkv7, transformer
 from archs.block import tensor_bytes
-from archs.ops import BackendUnavailableError
 from harness import op_inputs, workload
 from harness.correctness import ALLOWED_ERROR
 from harness.record import Case
 from harness.sizes import Shape
-from harness.sweep import OPERATIONS
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 PHASES = {
@@ -32,10 +29,6 @@ def case(arch, level, phase, **changes):
     place = {"seq_len": None, "position": T} if phase == "decode" else {"seq_len": T}
     asked = {"kind": "cost", "batch": B, "size": "d64", **place, **changes}
     return Case(arch=arch, level=level, phase=phase, **asked)
-
-
-def has_kernels(operation):
-    return find_spec(f"archs.ops.{operation}_kernel") is not None
 
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
@@ -266,17 +259,11 @@ def test_lazy_decoding_is_timed_elsewhere(level, phase, monkeypatch):
     assert (ROOT / "tests/benchmarks/decode_modes.py").exists()
 
 
-@pytest.mark.parametrize("arch", [a for a in ARCHS if not has_kernels(OPERATIONS[a])])
-@pytest.mark.parametrize("phase", ["forward", "decode"])
-def test_an_unbuilt_backend_raises(arch, phase):
-    with pytest.raises(BackendUnavailableError, match="not built yet"):
-        workload.build(case(arch, "op", phase, backend="triton")).function()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, kernels are compiled")
 @pytest.mark.parametrize(
     ("arch", "block_module", "step"),
     [
+        ("transformer", transformer, "attention"),
         ("mamba2", mamba2, "ssd_step_triton"),
         ("rwkv7", rwkv7, "wkv7_step_triton"),
         ("hyena", hyena, "long_conv_step_triton"),
