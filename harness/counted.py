@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,22 +35,37 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {
     "long_conv": ({"B": 8, "D": 64, "T": 2048},),
     "short_conv": ({"B": 1, "T": 1024, "D": 768},),
 }
-# The variant of our kernels at each shape; and shapes for other variants alone, forward.
+
+
+class Variant(NamedTuple):
+    """Another variant of our kernels, at a shape where no library is counted."""
+
+    shape: dict[str, int]
+    name: str
+    options: dict[str, Any]
+    only: int | None = None  # compute capability times ten of the one GPU that runs it, in Gluon
+
+
+# The variant of our kernels at each shape; then others, forward alone.
 PLANS: dict[str, dict[str, Any]] = {
     "attention": {"plan": AttentionPlan("tiles")},
     "ssd": {"plan": Plan(1)},
     "wkv7": {"plan": Plan(1)},
     "long_conv": {"plan": LongConvPlan(1, "fast")},
 }
-VARIANTS: dict[str, tuple[tuple[dict[str, int], str, dict[str, Any]], ...]] = {
+VARIANTS: dict[str, tuple[Variant, ...]] = {
     "attention": (
-        (
+        *(
+            Variant(shape, "hopper", {"plan": AttentionPlan("hopper")}, only=90)
+            for shape in SHAPES["attention"]
+        ),
+        Variant(
             {"B": 2, "T": 1, "S": 8192, "H": 8, "H_kv": 2, "K": 128},
             "decode in 8 splits",
             {"plan": AttentionPlan("decode", 8)},
         ),
     ),
-    "ssd": (({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": Plan(4)}),),
+    "ssd": (Variant({**SHAPES["ssd"][0], "T": 8192}, "4 segments", {"plan": Plan(4)}),),
 }
 # Our kernels that form tables in the first call of a length: sizes of a short one.
 TABLES = {"long_conv": {"B": 1, "D": 1}}
@@ -85,6 +100,7 @@ class Counted:
     call: Callable[[Tensors], Outputs]  # y, then what else is written: the state after it
     reference: Callable[[Tensors], Outputs]  # the same function by our `torch` backend
     backward: bool = True  # whether the backward pass is counted
+    only: int | None = None  # as in `Variant`: it is not interpreted
     prepare: Callable[[], object] = lambda: None  # form what a first call keeps for later ones
 
     @property
@@ -97,10 +113,10 @@ class Counted:
 def calls(op: str, dtype: torch.dtype) -> list[Counted]:
     """Every implementation of an operation at each of its shapes; main tensors of `dtype`."""
     found = [call for shape in SHAPES[op] for call in _calls(op, shape, dtype)]
-    for shape, variant, options in VARIANTS.get(op, ()):
-        label = f"{_label(shape)}, {variant}"
-        ours = _our_kernels(op, label, _inputs(op, shape, dtype), options)
-        found.append(replace(ours, backward=False))
+    for variant in VARIANTS.get(op, ()):
+        label = f"{_label(variant.shape)}, {variant.name}"
+        ours = _our_kernels(op, label, _inputs(op, variant.shape, dtype), variant.options)
+        found.append(replace(ours, backward=False, only=variant.only))
     return found
 
 

@@ -68,6 +68,8 @@ DTYPES = {"traffic": torch.float16, "compiled": torch.bfloat16}
 
 def _traffic(call: Counted, job: Document) -> list[Document]:
     """The forward and the backward pass of a call, each with its floor and its error."""
+    if call.only is not None:
+        return []  # Gluon, which no interpreter runs
     leaves = list(call.leaves.values())
     with pretend.gpu(INTERPRETED_AS):
         call.prepare()
@@ -140,6 +142,8 @@ def _compiled(call: Counted, job: Document) -> list[Document]:
     names = {"op": call.op, "shape": call.shape, "implementation": call.implementation}
     rows = []
     for arch in job["archs"]:
+        if call.only not in (None, arch):
+            continue
         with pretend.gpu(arch):
             for row in compiled.compile_launches(both_passes, arch):
                 remarks = [

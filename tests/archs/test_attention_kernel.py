@@ -574,6 +574,15 @@ def test_the_plan_fills_the_gpu(shape, keys, window, plan):
     assert op.plan(shape, keys, "cpu", window) == plan
 
 
+def test_the_hopper_path_is_asked_for_and_says_where_it_cannot_run():
+    plan, args = AttentionPlan("hopper"), inputs(1, 4, 4, 1, 1, 64, dtype=torch.float16)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"Hopper: .* interpreter does not run Gluon"):
+            attention(**args, plan=plan, backend="triton")
+    with pytest.raises(ValueError, match="'hopper' takes no lengths; use path 'tiles'"):
+        attention(**args, lengths=ragged(4), plan=plan, backend="triton")
+
+
 def test_the_plan_is_followed(monkeypatch):
     args = inputs(1, 3, 90, 2, 1, 16)
     seen = []
@@ -659,6 +668,17 @@ def test_decode_on_a_gpu(splits, dtype):
     expected = attention(**args, plan=plan, backend="triton")
     for _ in range(200):  # whichever split finishes last
         assert torch.equal(attention(**args, plan=plan, backend="triton"), expected)
+
+
+@on_a_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [64, 128])
+def test_the_hopper_path_on_a_gpu(K, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    for T, window in ((1, None), (300, None), (300, 100), (1025, None)):
+        check(inputs(2, T, T + 30, 4, 2, K, dtype=dtype), AttentionPlan("hopper"), window=window)
 
 
 @on_a_gpu

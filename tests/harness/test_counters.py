@@ -286,16 +286,24 @@ def test_decoding_reads_every_key_once(attention):
 
 
 def test_attention_uses_the_tensor_cores_and_does_not_spill(attention):
-    compiled = [r for r in attention["compiled"] if r["kernel"] != "attention_decode_kernel"]
-    names = {f"attention_{name}_kernel" for name in ("forward", "dq", "dkv")}
+    rows = attention["compiled"]
+    backward = {"attention_dq_kernel", "attention_dkv_kernel"}
     for K in (64, 128):
-        ours = [r for r in compiled if r["shape"].endswith(f"H 4, K {K}")]
-        assert {r["kernel"] for r in ours} == names
-        for found in ours:
+        tiles, hopper = (
+            [r for r in rows if r["shape"].endswith(f"H 4, K {K}{name}")]
+            for name in ("", ", hopper")
+        )
+        assert {r["kernel"] for r in tiles} == {"attention_forward_kernel"} | backward
+        assert {r["kernel"] for r in hopper} == {"attention_hopper_forward_kernel"} | backward
+        for found in tiles:
             assert found["opcodes"]["HGMMA"] > 0 == found["opcodes"]["HMMA"]
             assert found["spills"] == 0
             assert found["programs_per_sm"] >= 1
-    (decode,) = (r for r in attention["compiled"] if r["kernel"] == "attention_decode_kernel")
+    for found in (r for r in rows if "hopper" in r["kernel"]):
+        assert found["opcodes"]["UTMALDG"] > 0 == found["opcodes"]["HMMA"]
+        assert found["opcodes"]["USETMAXREG"] > 0
+        assert found["spills"] <= 8
+    (decode,) = (r for r in rows if r["kernel"] == "attention_decode_kernel")
     assert decode["opcodes"]["HMMA"] > 0 == decode["spills"]
     assert decode["programs_per_sm"] >= 3
 
