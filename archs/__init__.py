@@ -81,21 +81,28 @@ def block_class(name: str) -> type[Block]:
     raise ValueError(f"unknown architecture {name!r}, expected one of {', '.join(menu)}{hint}")
 
 
-def resolve_backend(backend: str, device: torch.device | str | None = None) -> Backend:
+def resolve_backend(
+    backend: str, pattern: str, device: torch.device | str | None = None
+) -> Backend:
     """The backend that "auto" stands for; any other is returned as it is.
 
     Args:
-        backend: "auto" is our Triton kernels ("triton") on an NVIDIA GPU, else "torch".
-        device: where the operations will run; None means on a GPU if PyTorch sees one.
+        backend: "auto" is our Triton kernels ("triton") on an NVIDIA GPU, for architectures that
+            all have them, else "torch".
+        pattern: an architecture or a hybrid.
+        device: where it will run; None means on a GPU if PyTorch sees one.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend or architecture.
     """
     if backend == "auto":
-        on_gpu = (
-            torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-        )
-        return "triton" if on_gpu and find_spec("triton") else "torch"
+        if device is None:
+            on_gpu = torch.cuda.is_available()
+        else:
+            on_gpu = torch.device(device).type == "cuda"
+        blocks = [block_class(name) for name in expand_pattern(pattern)]
+        kernels = all(block.has_kernels for block in blocks) and find_spec("triton") is not None
+        return "triton" if on_gpu and kernels else "torch"
     if backend not in BACKENDS:
         close = get_close_matches(backend, ("auto", *BACKENDS), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -121,7 +128,7 @@ def build_block(
         layer_index: place in the stack (RWKV-7's initialisation depends on it).
         depth: number of blocks in the stack.
         kind_index: place among the blocks of the same architecture; default `layer_index`.
-        backend: "auto" is resolved here, once: "triton" where PyTorch sees an NVIDIA GPU.
+        backend: "auto" is resolved here, once, by `resolve_backend`.
         **fields: the fields of the architecture's `Config` (`width`, `max_len`, ...).
 
     Raises:
@@ -134,7 +141,7 @@ def build_block(
         layer_index=layer_index,
         depth=depth,
         kind_index=kind_index,
-        backend=resolve_backend(backend),
+        backend=resolve_backend(backend, name),
     )
 
 
@@ -157,7 +164,7 @@ def build_model(
         depth: number of blocks; the pattern is repeated to fill it. Default: the pattern once.
         vocab_size: number of tokens V (256: bytes).
         max_len: longest sequence; only Hyena's filter depends on it.
-        backend: "auto" is resolved here, once: "triton" where PyTorch sees an NVIDIA GPU.
+        backend: "auto" is resolved here, once, by `resolve_backend`.
         tie_embeddings: share the embedding's weight with the head.
         options: further `Config` fields by architecture, as {"transformer": {"kv_heads": 2}}.
 
@@ -166,6 +173,7 @@ def build_model(
             for an architecture that is not in the pattern.
     """
     names = expand_pattern(pattern, depth)
+    backend = resolve_backend(backend, pattern)
     options = options or {}
     if unused := sorted(set(options) - set(names)):
         raise ValueError(f"options for {', '.join(unused)}, not in the pattern {pattern!r}")

@@ -69,6 +69,7 @@ class Block(nn.Module, ABC):
     """
 
     Config: ClassVar[type[BlockConfig]]
+    has_kernels: ClassVar[bool] = False  # Triton ones: backend "auto" is then "triton" on a GPU
     operation: Callable[..., Any]
 
     def __init__(

@@ -214,6 +214,7 @@ class HyenaBlock(Block):
     """
 
     Config: ClassVar[type[BlockConfig]] = HyenaConfig
+    has_kernels: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -121,6 +121,7 @@ class Mamba2Block(Block):
     """Pre-norm, Mamba-2 mixer, residual."""
 
     Config: ClassVar[type[BlockConfig]] = Mamba2Config
+    has_kernels: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -215,6 +215,7 @@ class RWKV7Block(Block):
     """Norm, time mix, residual; norm, channel mix, residual."""
 
     Config: ClassVar[type[BlockConfig]] = RWKV7Config
+    has_kernels: ClassVar[bool] = True
 
     def __init__(
         self,

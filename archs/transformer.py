@@ -117,6 +117,7 @@ class TransformerBlock(Block):
     """One pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
 
     Config: ClassVar[type[BlockConfig]] = TransformerConfig
+    has_kernels: ClassVar[bool] = True
 
     def __init__(
         self,

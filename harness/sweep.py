@@ -9,13 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.record import AGAIN, OURS, Case
 from harness.sizes import SCALING, parse_size
-
-if TYPE_CHECKING:
-    from archs.ops import Backend
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 # The sequence operation that each architecture calls; those of plug-ins have none here.
@@ -78,7 +75,7 @@ class Grid:
     size: str | Sequence[str] = "d256"
     # auto: float32 on a CPU and in training runs, else bfloat16 on a GPU
     dtype: str | Sequence[str] = "auto"
-    # auto: our Triton kernels on a GPU, else torch
+    # auto: our Triton kernels on a GPU where an architecture has them, else torch
     backend: str | Sequence[str] = "auto"
     # ours, or the name of a library's, of whose operation every architecture of the grid is
     # measured that calls it, and no other
@@ -103,7 +100,7 @@ class Grid:
         )
         default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
-        backends: list[Backend] = [resolve_backend(name, device) for name in self._names("backend")]
+        backends = self._names("backend")
         pairs = self._implemented(archs)
         return [
             Case(
@@ -116,7 +113,7 @@ class Grid:
                 position=number if phase == "decode" else None,
                 size=size,
                 dtype=default_dtype if dtype == "auto" else dtype,
-                backend=backend,
+                backend=resolve_backend(backend, arch, device),
                 implementation=implementation,
                 seed=self.seed,
                 replicate=replicate,

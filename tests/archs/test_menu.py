@@ -145,19 +145,34 @@ def test_import_is_quick():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_has_a_name(backend):
-    assert archs.resolve_backend(backend) == backend
+    assert archs.resolve_backend(backend, "hyena") == backend
 
 
-def test_auto_is_triton_on_a_gpu(monkeypatch):
-    for there in (True, False):
-        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
-        assert archs.resolve_backend("auto") == ("triton" if there else "torch")
-        assert archs.resolve_backend("auto", "cuda:0") == "triton"
-        assert archs.resolve_backend("auto", "cpu") == "torch"
-        model = archs.build_model("mamba2+rwkv7+hyena+transformer", width=64)
-        assert {block.backend for block in model.blocks} == {"triton" if there else "torch"}
+ALL = "+".join(archs.ARCHITECTURES)
 
 
-def test_auto_is_torch_without_triton(monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_triton_on_a_gpu(monkeypatch, there):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    found = "triton" if there else "torch"
+    for pattern in (ALL, *archs.ARCHITECTURES):
+        assert archs.resolve_backend("auto", pattern) == found
+        assert archs.resolve_backend("auto", pattern, "cuda:0") == "triton"
+        assert archs.resolve_backend("auto", pattern, "cpu") == "torch"
+    assert {block.backend for block in archs.build_model(ALL, width=64).blocks} == {found}
+    assert archs.build_block("hyena", width=64).backend == found
+
+
+def test_auto_is_torch_where_there_are_no_kernels(monkeypatch):
+    class Bare(archs.ARCHITECTURES["mamba2"]):
+        has_kernels = False
+
+    menu = {**archs.ARCHITECTURES, "bare": Bare}
+    with monkeypatch.context() as patch:
+        patch.setattr(archs, "architectures", lambda: menu)
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        assert archs.resolve_backend("auto", "bare") == "torch"
+        model = archs.build_model("bare+mamba2", width=64)
+        assert [block.backend for block in model.blocks] == ["torch", "torch"]
     monkeypatch.setattr(archs, "find_spec", lambda name: None)
-    assert archs.resolve_backend("auto", "cuda") == "torch"
+    assert archs.resolve_backend("auto", "mamba2", "cuda") == "torch"
