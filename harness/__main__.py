@@ -90,7 +90,8 @@ def cost(
     tokens
         A constant number of tokens B * T instead of the sweep's batch.
     size
-        This size instead of the sweep's: d256 for a width, 5M for matched parameters.
+        This size instead of the sweep's: d256 for a width, d256h128 for heads of
+        128 too, 5M for matched parameters.
     dtype
         This type instead of the sweep's: float32, bfloat16, float16, float64.
     backend

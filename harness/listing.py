@@ -65,5 +65,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     said.append("peers, by operation (seqscale doctor says which run here)")
     said += [f"  {op}: {', '.join(names)}" for op, names in found["peers"].items()]
     said.append("types: " + ", ".join(found["dtypes"]))
-    said.append("sizes: d256 (a width), 5M (parameters, matched across architectures within 1 %)")
+    said.append(
+        "sizes: d256 (a width), d256h128 (and heads of 128), 5M (parameters, matched across "
+        "architectures within 1 %)"
+    )
     return said

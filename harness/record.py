@@ -54,7 +54,7 @@ class Case:
     batch: int
     seq_len: int | None  # tokens a sequence; None for decode
     position: int | None = None  # tokens already read; decode only
-    size: str  # "d256": width 256; "1M": matched to that many parameters
+    size: str  # "d256": width 256; "d256h128": heads of 128; "1M": matched to that many parameters
     dtype: str = "float32"
     backend: Backend = "torch"
     implementation: str = OURS  # or AGAIN, or a name in `harness.peers`

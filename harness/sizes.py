@@ -9,6 +9,7 @@ from typing import Any
 
 TOLERANCE = 0.01  # a matched size misses its target by at most this share
 DEPTH = 2  # blocks of a model whose size is a width
+WIDTH = re.compile(r"d([1-9]\d*)(?:h([1-9]\d*))?")
 MLP_STEP = 8  # MLP widths are multiples of this
 
 
@@ -58,12 +59,22 @@ class SizeMatch:
 
 
 def parse_size(size: str) -> tuple[str, int]:
-    """("width", 256) for "d256", ("params", 1000000) for "1M"; ValueError for anything else."""
-    if match := re.fullmatch(r"d([1-9]\d*)", size):
+    """("width", 256) for "d256", also "d256h128", ("params", 1000000) for "1M".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if match := WIDTH.fullmatch(size):
         return "width", int(match[1])
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size):
         return "params", round(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
     raise ValueError(f"unknown size {size!r}: write d256 for a width or 1M for matched parameters")
+
+
+def head_fields(size: str) -> dict[str, int]:
+    """The `Config` field that a size such as "d2048h128", heads of 128, gives beside the width."""
+    match = WIDTH.fullmatch(size)
+    return {"head_dim": int(match[2])} if match and match[2] else {}
 
 
 def shape_of(arch: str, size: str) -> Shape:
@@ -77,7 +88,7 @@ def shape_of(arch: str, size: str) -> Shape:
     if what == "params":
         return match_sizes(number, [arch])[arch].shape
     pattern = len(expand_pattern(arch))
-    return Shape(number, pattern * math.ceil(DEPTH / pattern))
+    return Shape(number, pattern * math.ceil(DEPTH / pattern), head_fields(size))
 
 
 def match_sizes(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.record import AGAIN, OURS, Case
-from harness.sizes import SCALING, parse_size
+from harness.sizes import SCALING, head_fields, parse_size
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 # The sequence operation that each architecture calls; those of plug-ins have none here.
@@ -242,27 +242,33 @@ PRESETS: dict[str, tuple[Grid, ...]] = {
             replicates=3,
         ),
     ),
-    # Our kernels at one shape a length, to be measured beside libraries' (--peers all).
+    # Our kernels at one shape a length, to be measured beside libraries' (--peers all); attention
+    # with heads of 64 and of 128.
     "h100-ops": (
-        Grid(
-            level="op",
-            phase=("forward", "backward"),
-            lengths=(2048, 4096, 8192, 32768),
-            tokens=32768,
-            size="d2048",
-            backend="triton",
+        *(
+            Grid(
+                level="op",
+                phase=("forward", "backward"),
+                archs=archs,
+                lengths=(2048, 4096, 8192, 32768),
+                tokens=32768,
+                size=size,
+                backend="triton",
+            )
+            for archs, size in ((ARCHS, "d2048"), (("transformer",), "d2048h128"))
         ),
-        # 2.1 GB of keys and values; 134 and 17 MB of SSD's states.
+        # 2.1 GB of keys and values, 1.1 GB of Hyena's past; states of at most 134 MB.
         *(
             Grid(
                 level="op",
                 phase="decode",
-                archs=("transformer", "mamba2"),
+                archs=archs,
                 positions=position,
                 batch=(1 << 18) // position,
-                size="d2048",
+                size=size,
                 backend="triton",
             )
+            for archs, size in ((ARCHS, "d2048"), (("transformer",), "d2048h128"))
             for position in (4096, 32768)
         ),
     ),
@@ -472,11 +478,16 @@ def _validate(case: Case) -> None:
     elif number > MAX_WIDTH:
         raise ValueError(f"size {case.size[:20]}: no width above {MAX_WIDTH}")
     else:
+        heads = head_fields(case.size)
+        if heads and len(names) > 1:
+            raise ValueError("a hybrid has heads of several kinds: give a width alone, as d256")
         for name, block in zip(names, blocks, strict=True):
             try:
-                block.Config(width=number)
+                block.Config(width=number, **heads)
             except ValueError as error:
                 raise ValueError(f"{name} at size {case.size}: {error}") from None
+            except TypeError:
+                raise ValueError(f"{name} has no heads: give a width alone, as d256") from None
 
 
 def _validate_training(case: Case) -> None:

@@ -1,16 +1,18 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU: what works here, the tests of our kernels, those of the
-# harness, the plans of three operations, every operation beside libraries' (--peers all: those that
+# harness, the plans of four operations, every operation beside libraries' (--peers all: those that
 # are installed), the cost sweep. Run it again to resume. No step takes over nine minutes; a queue of
 # short jobs runs one of PARTS a job. Needs what `pip install .[test]` installs; pytest's plug-ins may
 # be missing.
 #
-#   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, long_kernels.txt, tests.txt,
-#                                   plans.txt, ops.jsonl, cost.jsonl, figures
+#   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, long_kernels.txt, hopper.txt,
+#                                   tests.txt, attention_plans.txt, plans.txt, ops.jsonl,
+#                                   cost.jsonl, figures
 #   PARTS="kernels ssd" sh results/h100.sh     some parts: kernels, long_kernels (the long
-#                                              convolution's), tests, plans, attention, ssd, wkv7,
-#                                              long_conv, cost
-parts=${PARTS:-kernels long_kernels tests plans attention ssd wkv7 long_conv cost}
+#                                              convolution's), hopper (attention in Gluon, which
+#                                              might hang), tests, attention_plans, plans,
+#                                              attention, ssd, wkv7, long_conv, cost
+parts=${PARTS:-kernels long_kernels hopper tests attention_plans plans attention ssd wkv7 long_conv cost}
 out=${1:-runs/h100}
 python=${PYTHON:-python3}
 unset TRITON_INTERPRET
@@ -24,7 +26,15 @@ for part in $parts; do
     long_kernels)
       timeout 520 $pytest tests/archs/test_long_*_kernel.py 2>&1 | tee "$out/long_kernels.txt"
       ;;
+    hopper)
+      timeout 150 $pytest tests/archs/test_attention_hopper.py 2>&1 | tee "$out/hopper.txt"
+      ;;
     tests) timeout 480 $pytest tests/harness 2>&1 | tee "$out/tests.txt" ;;
+    attention_plans)
+      for op in attention64 attention128 decode; do
+        timeout 80 $python tests/benchmarks/gpu_plans.py --op $op 2>&1
+      done | tee "$out/attention_plans.txt"
+      ;;
     plans)
       for op in ssd wkv7 long_conv; do
         timeout 175 $python tests/benchmarks/gpu_plans.py --op $op 2>&1

@@ -32,7 +32,7 @@ QUERY_BLOCK = 256
 
 LARGEST_HEAD = 256  # K of the Triton kernels
 DECODE_ROWS = 64  # at most: queries of all heads that share a key head, in one tile
-PROGRAMS = 4  # a multiprocessor, where keys are split: each has four warps, half of the registers
+PROGRAMS = 4  # a multiprocessor, where keys are split: about as many as it has room for
 LEAST_SPLIT = 256  # keys
 
 
@@ -57,7 +57,8 @@ def plan(
     """The plan for q of a shape (B, T, H, K) and (S, H_kv) keys and key heads.
 
     Few queries over more keys are decoded, the keys split where batch rows and key heads have too
-    few programs. Arithmetic, not measured. Path "hopper" has never run on a GPU, and is not chosen.
+    few programs, into a power of two: kernels are compiled for each number. Arithmetic, not
+    measured. Path "hopper" has never run on a GPU, and is not chosen.
     """
     B, T, H, _ = shape
     S, H_kv = keys
@@ -65,7 +66,8 @@ def plan(
         return AttentionPlan()
     read = S if window is None else min(S, T + window - 1)
     fill = -(-PROGRAMS * multiprocessors(device) // (B * H_kv))
-    return AttentionPlan("decode", max(1, min(fill, read // LEAST_SPLIT)))
+    most = max(1, read // LEAST_SPLIT)
+    return AttentionPlan("decode", 1 << min((fill - 1).bit_length(), most.bit_length() - 1))
 
 
 def attention_step(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import archs.ops
+from archs.ops.attention import AttentionPlan, attention
 from gluon_emulator import DeadlockError, EmulatedKernel, RaceError
 from harness import compiled, pretend
 from kernel_checks import CAPS, guarded_allocations, in_margins, relative_rms
@@ -348,3 +349,18 @@ def test_a_gpu_repeats_itself(K, window):
     for _ in range(50):
         again = hopper.attention_hopper(q, *cache[:, :, :1700], window)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [64, 128])
+def test_gradients_on_a_gpu(K):
+    """Of the operation: its backward pass starts from what this path leaves."""
+    tensors = [x.requires_grad_() for x in inputs(2, 300, 350, 4, 2, K, device="cuda")]
+    found = []
+    for path in ("hopper", "tiles"):
+        plan = AttentionPlan(path)
+        y = attention(*tensors, window=200, plan=plan, backend="triton")
+        found.append(torch.autograd.grad(y, tensors, y.detach().sin()))
+    for got, expected in zip(*found, strict=True):
+        assert relative_rms(got, expected.double()) < CAPS[got.dtype]

@@ -48,6 +48,7 @@ def test_impossible_targets_and_unknown_rows_are_refused():
     ("text", "expected"),
     [
         ("d256", ("width", 256)),
+        ("d256h128", ("width", 256)),
         ("1M", ("params", 1_000_000)),
         ("2.5M", ("params", 2_500_000)),
         ("340K", ("params", 340_000)),
@@ -58,7 +59,12 @@ def test_sizes_are_read(text, expected):
     assert sizes.parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["256", "d0", "d", "M", "1m", "1e6", ""])
+@pytest.mark.parametrize("text", ["256", "d0", "d", "d256h", "d256h0", "h64", "M", "1m", "1e6", ""])
 def test_unknown_sizes_name_the_fix(text):
     with pytest.raises(ValueError, match="write d256"):
         sizes.parse_size(text)
+
+
+def test_a_width_may_come_with_heads():
+    assert sizes.shape_of("transformer", "d256") == sizes.Shape(256, 2)
+    assert sizes.shape_of("transformer", "d256h128") == sizes.Shape(256, 2, {"head_dim": 128})
