@@ -24,7 +24,7 @@ ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
     ("arch", "backend"),
     [
         *((arch, "torch") for arch in ARCHS),
-        *((arch, "triton") for arch in ARCHS if arch != "transformer"),
+        *((arch, "triton") for arch in ARCHS),
     ],
 )
 def test_every_cell_is_right_on_the_gpu(arch, backend, level, phase, dtype):
@@ -55,6 +55,9 @@ def test_a_sweep_runs_on_the_gpu_by_default(tmp_path):
     assert set(table["status"]) == {"ok"}, table[["arch", "level", "phase", "status", "reason"]]
     assert set(table["device"]) == {torch.cuda.get_device_name()}
     assert set(table["dtype"]) == {"bfloat16"}
+    assert set(table["backend"]) == {"triton"}
+    planned = {op for found in record.load(tmp_path)[0] for op in found.environment["plans"]}
+    assert planned == set(sweep.OPERATIONS.values())  # our kernels ran in every architecture
     assert set(table["peak_source"]) == {"cuda allocator"}
     assert (table["roofline_fraction"] < 1.05).all()
 
