@@ -96,7 +96,9 @@ def resolve_backend(
         ValueError: there is no such backend or architecture.
     """
     if backend == "auto":
-        if device is None:
+        if torch.version.hip is not None:  # AMD's, which PyTorch calls cuda too
+            on_gpu = False
+        elif device is None:
             on_gpu = torch.cuda.is_available()
         else:
             on_gpu = torch.device(device).type == "cuda"

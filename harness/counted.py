@@ -46,7 +46,7 @@ class Variant(NamedTuple):
     only: int | None = None  # compute capability times ten of the one GPU that runs it, in Gluon
 
 
-# The variant of our kernels at each shape; then others, forward alone.
+# The variant of our kernels at each shape; then others, of which forward alone is interpreted.
 PLANS: dict[str, dict[str, Any]] = {
     "attention": {"plan": AttentionPlan("tiles")},
     "ssd": {"plan": Plan(1)},

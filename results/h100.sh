@@ -6,8 +6,8 @@
 # be missing.
 #
 #   sh results/h100.sh [FOLDER]     leaves doctor.txt, kernels.txt, long_kernels.txt, hopper.txt,
-#                                   tests.txt, attention_plans.txt, plans.txt, ops.jsonl,
-#                                   cost.jsonl, figures
+#                                   tests.txt, attention_plans.txt, attention_tiles.txt,
+#                                   plans.txt, ops.jsonl, cost.jsonl, figures
 #   PARTS="kernels ssd" sh results/h100.sh     some parts: kernels, long_kernels (the long
 #                                              convolution's), hopper (attention in Gluon, which
 #                                              might hang), tests, attention_plans, plans,
@@ -34,6 +34,7 @@ for part in $parts; do
       for op in attention64 attention128 decode; do
         timeout 80 $python tests/benchmarks/gpu_plans.py --op $op 2>&1
       done | tee "$out/attention_plans.txt"
+      timeout 240 $python tests/benchmarks/gpu_tiles.py 2>&1 | tee "$out/attention_tiles.txt"
       ;;
     plans)
       for op in ssd wkv7 long_conv; do

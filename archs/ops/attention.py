@@ -32,8 +32,9 @@ QUERY_BLOCK = 256
 
 LARGEST_HEAD = 256  # K of the Triton kernels
 DECODE_ROWS = 64  # at most: queries of all heads that share a key head, in one tile
-PROGRAMS = 4  # a multiprocessor, where keys are split: about as many as it has room for
+PROGRAMS = 3  # a multiprocessor, where keys are split: as many as have room at K = 128
 LEAST_SPLIT = 256  # keys
+LARGEST_MERGE = 2048  # splits times rows, which one program puts together, 64 at a time
 
 
 class AttentionPlan(NamedTuple):
@@ -57,17 +58,16 @@ def plan(
     """The plan for q of a shape (B, T, H, K) and (S, H_kv) keys and key heads.
 
     Few queries over more keys are decoded, the keys split where batch rows and key heads have too
-    few programs, into a power of two: kernels are compiled for each number. Arithmetic, not
-    measured. Path "hopper" has never run on a GPU, and is not chosen.
+    few programs. Arithmetic, not measured. Path "hopper" has never run on a GPU, and is not chosen.
     """
     B, T, H, _ = shape
     S, H_kv = keys
-    if T * H // H_kv > DECODE_ROWS or 1 < T == S:
+    rows = T * H // H_kv
+    if rows > DECODE_ROWS or 1 < T == S:
         return AttentionPlan()
     read = S if window is None else min(S, T + window - 1)
-    fill = -(-PROGRAMS * multiprocessors(device) // (B * H_kv))
-    most = max(1, read // LEAST_SPLIT)
-    return AttentionPlan("decode", 1 << min((fill - 1).bit_length(), most.bit_length() - 1))
+    fill = PROGRAMS * multiprocessors(device) // max(1, B * H_kv)
+    return AttentionPlan("decode", max(1, min(fill, read // LEAST_SPLIT, LARGEST_MERGE // rows)))
 
 
 def attention_step(
@@ -233,7 +233,6 @@ def attention_triton(
         window = None
     if chosen is None:
         chosen = plan((B, T, H, K), (S, H_kv), q.device, window)
-    k, v = k.to(q.dtype), v.to(q.dtype)
     _check_plan(chosen, T * H // H_kv, lengths)
     return module.attention_op(q, k, v, lengths, window, *chosen)[0]
 
@@ -294,8 +293,9 @@ def attention(
         y (B, T, H, K) in the type of q.
 
     Raises:
-        ValueError: shapes that do not fit, window < 1, lengths outside [0, S] (values are checked
-            on the CPU only), an unknown backend, a plan that cannot be or without kernels.
+        ValueError: shapes, types or devices that do not fit, window < 1, lengths outside [0, S]
+            (values are checked on the CPU only), an unknown backend, a plan that cannot be or is
+            for another backend.
         BackendUnavailableError: the backend cannot run here.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
@@ -312,6 +312,10 @@ def attention(
         )
     if not 1 <= T <= S:
         raise ValueError(f"attention: needs 1 <= T <= S, got {T} queries and {S} keys")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"attention: q, k and v must have one type, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"attention: window must be at least 1, got {window}")
     if lengths is not None:
@@ -320,6 +324,8 @@ def attention(
                 f"attention: lengths must be {B} integers, "
                 f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
             )
+        if lengths.device != q.device:
+            raise ValueError(f"attention: lengths must be on {q.device}, not {lengths.device}")
         if lengths.device.type == "cpu" and not ((lengths >= 0) & (lengths <= S)).all():
             raise ValueError(f"attention: lengths must lie in [0, {S}], got {lengths.tolist()}")
     if backend == "triton":

@@ -135,7 +135,7 @@ def gather(
     weights = tl.exp2(logits * scale - lse[None, :])
     dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
     dweights = tl.dot(v, tl.trans(dy), input_precision=PRECISION)  # (BN, BM)
-    # Not before: with it, two stages of 128 x 128 keys do not fit in the registers.
+    # Loaded beside lse it would be kept in registers meanwhile: 22 spills at K = 128.
     delta = tl.load(p_delta + t + o_m, t + o_m < T, other=0.0)
     dlogits = (weights * (dweights - delta[None, :])).to(q.dtype)
     dk = tl.dot(dlogits, q, dk, input_precision=PRECISION)
@@ -195,9 +195,9 @@ def attention_dkv_kernel(
         stop = tl.minimum(T, tl.maximum(j + BN - 1 - before + window, 0))
     if j >= n:
         stop = 0
-    tiles = tl.cdiv(tl.maximum(stop - start, 0), BM)
-    for i in range(R * tiles):  # one loop: heads around tiles would take more registers
-        i_h, t = i_kv * R + i // tiles, start + i % tiles * BM
+    reading = tl.cdiv(tl.maximum(stop - start, 0), BM)  # tiles of queries
+    for i in range(R * reading):  # one loop: heads around tiles would take more registers
+        i_h, t = i_kv * R + i // reading, start + i % reading * BM
         i_row = (i_b.to(tl.int64) * H + i_h) * T
         dk, dv = gather(
             k, v, dk, dv, head(Q, strides_q, i_b, i_h), head(DY, strides_dy, i_b, i_h),

@@ -32,11 +32,11 @@ try:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from archs.ops.attention_hopper_forward_kernel import attention_hopper_forward_kernel
 except (ImportError, AttributeError) as error:
     MISSING = f"Triton {triton.__version__} lacks what it is written in: {error}"
 else:
-    from archs.ops.attention_hopper_forward_kernel import attention_hopper_forward_kernel
-
     MISSING = None
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -64,7 +64,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tup
         ValueError: `refusal` has something to say.
     """
     if reason := refusal(q, k, v):
-        raise ValueError(f"attention on Hopper: {reason}")
+        raise ValueError(f"attention on Hopper: {reason}; use path 'tiles'")
     B, T, H, K = q.shape
     S, H_kv = k.shape[1:3]
     if window is not None and window >= S:

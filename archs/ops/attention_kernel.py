@@ -33,6 +33,7 @@ from archs.ops.attention_backward_kernel import attention_dkv_kernel, attention_
 from archs.ops.attention_decode_kernel import attention_decode_kernel
 from archs.ops.attention_forward_kernel import attention_forward_kernel
 from archs.ops.attention_hopper_kernel import attention_hopper
+from archs.ops.launch_kernel import on_its_device, tf32_is_allowed
 
 Strides = tuple[int, int, int]
 
@@ -50,15 +51,15 @@ class Tiles(NamedTuple):
 # for sm_90, but for two at the end of the forward kernel at 256. Not tuned on a GPU.
 TILES = {
     "forward": {
-        2: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)},
+        2: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 128, 8, 3), 256: Tiles(128, 64, 8, 2)},
         4: {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 16, 4, 1)},
     },
     "dq": {
-        2: {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 4, 2)},
+        2: {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 4, 2)},
         4: {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 16, 4, 1)},
     },
     "dkv": {
-        2: {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)},
+        2: {64: Tiles(64, 128, 8, 3), 128: Tiles(64, 128, 8, 3), 256: Tiles(32, 64, 8, 2)},
         4: {64: Tiles(32, 64, 4, 2), 128: Tiles(32, 64, 4, 1), 256: Tiles(16, 32, 4, 1)},
     },
     "decode": {
@@ -70,14 +71,17 @@ TILES = {
 # products, whose operands then lie in registers.
 TILES_OF_OTHERS = {
     ("forward", 2, 128): Tiles(128, 64, 8, 2),
+    ("dq", 2, 64): Tiles(128, 64, 8, 2),
     ("dq", 2, 128): Tiles(64, 64, 4, 2),
     ("dkv", 2, 64): Tiles(64, 128, 8, 1),
     ("dkv", 2, 128): Tiles(64, 64, 8, 2),
 }
+MERGED = 64  # rows of sums that are put together at a time: 64 registers a thread at K = 128
 LEAST = 16  # rows and columns of an operand of a product
 
 
 @torch.library.custom_op("seqscale::attention", mutates_args=())
+@on_its_device
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -103,6 +107,7 @@ def attention_op(
         being to base 2: -1e30 for a query without keys.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
+    lengths = None if lengths is None else lengths.contiguous()
     if path == "hopper":
         return attention_hopper(q, k, v, window)
     B, T, H, _ = q.shape
@@ -151,13 +156,15 @@ def _decode(
         done,
         *_strides(q, k, v, y),
         *sizes,
-        SPLITS=splits,
-        BS=triton.next_power_of_2(splits),
+        splits,
+        BR=triton.next_power_of_2(rows),
+        BS=MERGED // triton.next_power_of_2(rows),
         **constants,
     )
 
 
 @torch.library.custom_op("seqscale::attention_backward", mutates_args=())
+@on_its_device
 def attention_backward_op(
     dy: Tensor,
     q: Tensor,
@@ -170,6 +177,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass: the gradients of q, k and v, each in its tensor's dtype."""
     dy, q, k, v = _rows(dy), _rows(q), _rows(k), _rows(v)
+    lengths = None if lengths is None else lengths.contiguous()
     B, T, H, _ = q.shape
     S, H_kv = k.shape[1:3]
     delta = torch.empty_like(lse)
@@ -228,7 +236,7 @@ def _launch(
     tiles = TILES[kernel][size[0]][size[1]]
     if not 90 <= _arch() < 120:
         tiles = TILES_OF_OTHERS.get((kernel, *size), tiles)
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = q.dtype == torch.float32 and not tf32_is_allowed()
     constants = {
         "K": K,
         "BK": BK,

@@ -57,7 +57,7 @@ def plan(
 
 
 def _tf32_is_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 # `torch.compile` cannot trace it, and compiles anew where the setting changes.

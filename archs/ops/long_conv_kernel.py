@@ -44,6 +44,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from archs.ops.launch_kernel import on_its_device
 from archs.ops.long_conv_forward_kernel import long_conv_step_kernel
 from archs.ops.long_conv_split_kernel import split_backward, split_forward
 from archs.ops.long_conv_tables import TILE_TOKENS
@@ -53,6 +54,7 @@ STEP_ROWS, STEP_NUMBERS = 16, 4096  # of the batch and in all, that a program of
 
 
 @torch.library.custom_op("seqscale::long_conv", mutates_args=())
+@on_its_device
 def long_conv_op(
     u: Tensor,
     filter: Tensor,
@@ -79,6 +81,7 @@ def long_conv_op(
 
 
 @torch.library.custom_op("seqscale::long_conv_backward", mutates_args=())
+@on_its_device
 def long_conv_backward_op(
     dy: Tensor,
     u: Tensor,
@@ -164,6 +167,7 @@ long_conv_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 @torch.library.custom_op("seqscale::long_conv_step", mutates_args=())
+@on_its_device
 def long_conv_step_op(
     u: Tensor,
     taps: Tensor,

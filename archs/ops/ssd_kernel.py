@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from archs.ops.launch_kernel import on_its_device, tf32_is_allowed
 from archs.ops.ssd_backward_kernel import ssd_backward_kernel, ssd_gradients_kernel
 from archs.ops.ssd_forward_kernel import ssd_fold_kernel, ssd_forward_kernel, ssd_step_kernel
 
@@ -44,6 +45,7 @@ BLOCK_H = 8  # heads whose x and dy one program reads twice, the second time fro
 
 
 @torch.library.custom_op("seqscale::ssd", mutates_args=())
+@on_its_device
 def ssd_op(
     x: Tensor,
     log_decay: Tensor,
@@ -123,6 +125,7 @@ def ssd_op(
 
 
 @torch.library.custom_op("seqscale::ssd_backward", mutates_args=())
+@on_its_device
 def ssd_backward_op(
     dy: Tensor,
     dend: Tensor | None,
@@ -296,7 +299,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 def _precision(x: Tensor) -> str:
     """How float32 products are formed: to PyTorch's own setting for them, on tensor cores."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_is_allowed() else "tf32x3"
 
 
 def _launch(x: Tensor) -> dict[str, int]:
@@ -365,6 +368,7 @@ ssd_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 @torch.library.custom_op("seqscale::ssd_step", mutates_args=())
+@on_its_device
 def ssd_step_op(
     x: Tensor,
     log_decay: Tensor,

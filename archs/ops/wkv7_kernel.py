@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from archs.ops.launch_kernel import on_its_device, tf32_is_allowed
 from archs.ops.wkv7_backward_kernel import wkv7_backward_fold_kernel, wkv7_backward_kernel
 from archs.ops.wkv7_forward_kernel import wkv7_fold_kernel, wkv7_forward_kernel, wkv7_step_kernel
 
@@ -40,6 +41,7 @@ STEP_BLOCK_V = 16  # columns of a state in one program of the step: few heads ar
 
 
 @torch.library.custom_op("seqscale::wkv7", mutates_args=())
+@on_its_device
 def wkv7_op(
     r: Tensor,
     decay: Tensor,
@@ -112,6 +114,7 @@ def wkv7_op(
 
 
 @torch.library.custom_op("seqscale::wkv7_backward", mutates_args=())
+@on_its_device
 def wkv7_backward_op(
     dy: Tensor,
     dend: Tensor | None,
@@ -202,7 +205,7 @@ def _segments(T: int, segments: int) -> tuple[int, int]:
 
 def _constants(r: Tensor, logits: bool) -> dict[str, Any]:
     """What kernels are compiled for."""
-    exact = r.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    exact = r.dtype == torch.float32 and not tf32_is_allowed()
     return {
         "N": r.shape[-1],
         "C": CHUNK,
@@ -254,6 +257,7 @@ wkv7_op.register_autograd(_differentiate, setup_context=_setup)
 
 
 @torch.library.custom_op("seqscale::wkv7_step", mutates_args=())
+@on_its_device
 def wkv7_step_op(
     r: Tensor,
     decay: Tensor,

@@ -357,6 +357,11 @@ def test_a_step_is_attention_with_one_query():
         (((1, 3, 3, 4), (1, 3, 2, 4)), {}, "multiple of H_kv"),
         (((1, 4, 2, 4), (1, 3, 2, 4)), {}, "4 queries and 3 keys"),
         (((1, 0, 2, 4), (1, 3, 2, 4)), {}, "0 queries"),
+        (
+            ((1, 3, 2, 4), (1, 3, 2, 4)),
+            {"lengths": torch.empty(1, dtype=int, device="meta")},
+            "on cpu",
+        ),
         (((1, 3, 2, 4), (1, 3, 2, 4)), {"window": 0}, "window must be at least 1"),
         (((1, 3, 2, 4), (1, 3, 2, 4)), {"lengths": torch.tensor([1, 2])}, "1 integers"),
         (((1, 3, 2, 4), (1, 3, 2, 4)), {"lengths": torch.tensor([1.0])}, "1 integers"),
@@ -369,6 +374,13 @@ def test_wrong_arguments_are_named(shapes, options, message):
     q, k = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, **{"backend": "torch", **options})
+
+
+def test_one_type_for_all():
+    q = torch.zeros(1, 3, 2, 4)
+    for wrong in ((q.half(), q, q), (q, q.half(), q), (q, q, q.half())):
+        with pytest.raises(ValueError, match="q, k and v must have one type, got"):
+            attention(*wrong, backend="reference")
 
 
 def test_values_must_match_keys():

@@ -164,6 +164,40 @@ def test_lengths_of_either_type_never_lead_outside(dtype):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("plan", [TILES, AttentionPlan("decode", 2)])
+def test_lengths_in_any_strides(plan):
+    args = inputs(2, 4, 90, 2, 1, 16)
+    for lengths in (ragged(90, 50, 7).expand(2, 3)[0, ::2], ragged(60).expand(2)):
+        assert not lengths.is_contiguous()
+        expected = results(args, "triton", plan=plan, lengths=lengths.clone())
+        assert_same(results(args, "triton", plan=plan, lengths=lengths), expected)
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_no_rows(T):
+    found = results(inputs(0, T, 90, 2, 1, 16), "triton")
+    assert [x.shape for x in found.values()] == [
+        (0, T, 2, 16),
+        (0, T, 2, 16),
+        *[(0, 90, 1, 16)] * 2,
+    ]
+
+
+@pytest.fixture
+def matmul():
+    """PyTorch's newer setting, which the older function refuses to read."""
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("setting", "products"), [("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_float32_is_as_exact_as_pytorchs_own(setting, products, matmul):
+    matmul.fp32_precision = setting
+    q, k, _ = inputs(1, 2, 2, 1, 1, 16).values()
+    assert kernels._launch("forward", q, k, None)[1]["PRECISION"] == products
+    attention(q, k, k, backend="triton")
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("window", [None, 50, 200])
 @pytest.mark.parametrize("T", [1, 4])
@@ -566,8 +600,9 @@ def test_a_plan_that_cannot_be_is_refused(T, plan, words):
         ((1, 1, 16, 64), (1, 16), None, ONE),
         ((64, 1, 16, 128), (4096, 16), None, ONE),
         ((1, 8, 8, 128), (4096, 1), None, AttentionPlan("decode", 16)),  # of 256 keys
-        ((4, 1, 32, 128), (32768, 8), None, AttentionPlan("decode", 32)),  # 17 would do
-        ((1, 1, 16, 128), (1900, 16), None, AttentionPlan("decode", 4)),  # 7 of 256 keys
+        ((4, 1, 32, 128), (32768, 8), None, AttentionPlan("decode", 12)),  # 384 programs
+        ((1, 8, 8, 128), (131072, 1), None, AttentionPlan("decode", 32)),  # of 64 rows
+        ((0, 1, 8, 128), (131072, 8), None, AttentionPlan("decode", 396)),
         ((4, 1, 32, 128), (32768, 8), 1024, AttentionPlan("decode", 4)),
     ],
 )

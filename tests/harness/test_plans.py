@@ -54,7 +54,7 @@ def test_plans_of_a_later_operation_are_recorded_by_themselves(monkeypatch):
 
 
 def test_a_plan_of_the_long_convolution_depends_on_the_type(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    monkeypatch.setattr(long_conv, "_tf32_is_allowed", lambda: False)
     chosen = {}
     with recorded(chosen):
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
