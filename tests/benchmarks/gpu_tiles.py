@@ -4,7 +4,7 @@
 
 Needs a GPU. bfloat16, forward and backward at B 8, T 4,096 and B 1, T 32,768, width 2,048; a kernel
 at a time, its tiles interleaved in random order. Each is compared with the one in use, marked *:
-the ratio of times, above 1 where that in use is faster, with a 95 % interval (`timing.speedup`).
+the ratio of times, above 1 where that in use is slower, with a 95 % interval (`timing.speedup`).
 """
 
 import argparse
