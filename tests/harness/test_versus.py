@@ -164,13 +164,17 @@ def test_the_gpu_suite_is_of_constant_work_and_splits_by_operation():
     preset = sweep.preset("h100-ops")
     whole = sweep.cells(preset, "cuda")
     assert {c.batch * (c.seq_len or c.position) for c in whole} == {32768, 262144}
-    assert {(c.level, c.dtype, c.size) for c in whole} == {("op", "bfloat16", "d2048")}
+    assert {(c.level, c.dtype) for c in whole} == {("op", "bfloat16")}
+    assert {(c.arch, c.size) for c in whole} == {
+        *((arch, "d2048") for arch in sweep.ARCHS),
+        ("transformer", "d2048h128"),
+    }
     assert {c.phase for c in whole} == {"forward", "backward", "decode"}
     parts = [
         sweep.cells(sweep.narrowed(preset, op=[op]), "cuda") for op in sweep.OPERATIONS.values()
     ]
     assert {c.key for part in parts for c in part} == {c.key for c in whole}
-    assert sum(map(len, parts)) == len(whole) == 36
+    assert sum(map(len, parts)) == len(whole) == 50
 
 
 def test_the_gpu_suite_times_our_kernels_beside_the_peers(monkeypatch):
