@@ -35,6 +35,14 @@ def test_decode_has_room_for_64_rows(T, H):
     check(inputs(1, T, 130, H, 1, 16), AttentionPlan("decode", 2), gradients=False)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_decode_where_the_largest_logit_is_in_any_split(sign):
+    """40 rows are put together a split at a time; later keys have larger logits, or smaller."""
+    args = inputs(1, 8, 400, 5, 1, 16)
+    args["q"][..., 0], args["k"][..., 0] = 4.0, sign * torch.arange(400)[:, None] / 40
+    check(args, AttentionPlan("decode", 6))
+
+
 @pytest.mark.parametrize("K", [64, 128])
 def test_decode_in_float16(K):
     check(inputs(2, 1, 300, 8, 2, K, dtype=torch.float16), AttentionPlan("decode", 3))
