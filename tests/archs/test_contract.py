@@ -35,8 +35,9 @@ VARIANTS = {
 # Those in which a library's operation stands in for ours, where the backend is not the reference.
 PEERS = {"transformer-sdpa-math": "sdpa-math", "mamba2-ssd-minimal": "ssd-minimal"}
 BACKENDS = ("reference", "torch", "triton")
-# The variants whose operations all have Triton kernels; the interpreter takes minutes for the last.
-SLOW = ("hyena-order-3", "hybrid")
+# The variants whose operations all have Triton kernels, in sizes that these take; the interpreter
+# takes minutes for the last.
+SLOW = ("hyena-order-3",)
 BUILT = ("transformer", "transformer-window", "mamba2", "mamba2-groups", "rwkv7", "hyena", *SLOW)
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 127, 1000)
 INTERPRETED = not torch.cuda.is_available()
@@ -90,7 +91,7 @@ class Stack(Block):
     def __init__(self, backend: str) -> None:
         super().__init__(BlockConfig(width=WIDTH))
         # RWKV-7 with other heads than alone.
-        options = {**SMALL, "rwkv7": {**SMALL["rwkv7"], "head_dim": 32}}
+        options = {**SMALL, "rwkv7": {**SMALL["rwkv7"], "head_dim": 8}}
         model = archs.build_model(
             HYBRID, width=WIDTH, max_len=MAX_LEN, backend=backend, options=options
         )
@@ -465,7 +466,7 @@ def test_triton_equals_torch_with_all_gradients(variant, length):
             assert_same(got, expected, 2e-5)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PEERS and v not in BUILT])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in (*PEERS, *BUILT, "hybrid")])
 def test_triton_says_that_it_is_not_built(variant):
     block = build(variant, "triton", torch.float32)
     x = tokens_in((1, 9, WIDTH), torch.float32)
