@@ -374,8 +374,20 @@ def narrowed(
         changes["tokens"] = None
     if changes.get("tokens") is not None:
         changes["batch"] = None
+    if "archs" in changes and "size" not in changes:
+        wanted = _listed(changes.pop("archs"))
+        found = [(grid, _archs_at_its_size(grid, wanted)) for grid in grids]
+        grids = [replace(grid, archs=archs) for grid, archs in found if archs]
+        if not grids:
+            raise ValueError("the sweep has no such architecture at its sizes: give a size too")
     grids = [replace(grid, **changes) for grid in grids]
     return _with_operations(grids, op) if op else grids
+
+
+def _archs_at_its_size(grid: Grid, archs: Sequence[str]) -> list[str]:
+    """Those of other architectures that a grid may have: sizes with heads are of its own alone."""
+    with_heads = any(isinstance(size, str) and head_fields(size) for size in _listed(grid.size))
+    return [a for a in archs if a in _listed(grid.archs)] if with_heads else list(archs)
 
 
 def _with_operations(grids: Iterable[Grid], wanted: Sequence[str]) -> list[Grid]:

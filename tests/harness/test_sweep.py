@@ -232,6 +232,24 @@ def test_training_options_are_checked(change, message):
         sweep.cells([grid])
 
 
+@pytest.mark.parametrize("arch", sweep.ARCHS)
+def test_sizes_with_heads_are_of_the_architectures_that_their_grid_names(arch):
+    grids = sweep.narrowed(sweep.preset("h100-ops"), archs=[arch])
+    sizes = {"d2048", "d2048h128"} if arch == "transformer" else {"d2048"}
+    assert {(c.arch, c.size) for c in sweep.cells(grids)} == {(arch, size) for size in sizes}
+    both = sweep.cells(sweep.narrowed(sweep.preset("h100-ops"), archs=[arch, "transformer"]))
+    assert {(c.arch, c.size) for c in both} == {
+        (arch, "d2048"), ("transformer", "d2048"), ("transformer", "d2048h128"),
+    }  # fmt: skip
+    grid = Grid(level="op", phase="forward", archs="transformer", lengths=64, size="d64h32")
+    if arch != "transformer":
+        with pytest.raises(ValueError, match="give a size too"):
+            sweep.narrowed([grid], archs=[arch])
+    assert [c.size for c in sweep.cells(sweep.narrowed([grid], archs=[arch], size="d64"))] == [
+        "d64"
+    ]
+
+
 def test_a_pattern_is_one_cell_however_it_is_written():
     grid = Grid(
         level="model", phase="prefill", lengths=64,
