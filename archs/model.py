@@ -99,6 +99,10 @@ class LanguageModel(nn.Module):
         x, state = self._hidden(tokens, state)
         return ModelOutput(self.head(self.norm(x)), state)
 
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the head reads, (B, T, D), of tokens (B, T)."""
+        return self.norm(self._hidden(tokens, None)[0])
+
     def prefill(self, tokens: Tensor, max_len: int) -> ModelOutput:
         """Read a prompt (B, T) into a fresh state with room for `max_len` tokens."""
         x, state = self._hidden(tokens, self.init_state(len(tokens), max_len))

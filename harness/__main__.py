@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from harness.record import Case, Damaged
+    from harness.trials import Training
 
 app = App(
     name="seqscale",
@@ -33,6 +34,7 @@ app = App(
 )
 Names = Annotated[list[str] | None, Parameter(negative="")]
 Numbers = Annotated[list[int] | None, Parameter(negative="")]
+Rates = Annotated[list[float] | None, Parameter(negative="")]
 Flag = Annotated[bool, Parameter(negative="")]
 
 
@@ -124,13 +126,7 @@ def cost(
     from harness import sweep as sweep_module
     from harness import versus
 
-    if sweep is None and preset is None:
-        raise UsageError("give a sweep file or --preset, as in: seqscale cost --preset quick")
-    if sweep is not None and preset is not None:
-        raise UsageError(
-            f"give the sweep file {str(sweep)!r} or --preset, not both (options that take several "
-            "values are repeated: --arch mamba2 --arch hyena)"
-        )
+    _one_sweep("cost", sweep, preset)
     try:
         device = sweep_module.resolve_device(device)
         grids = sweep_module.narrowed(
@@ -150,12 +146,8 @@ def cost(
             replicates=replicates,
         )
         cells, left_out = versus.joined(sweep_module.cells(grids, device), peers or (), device)
-    except FileNotFoundError:
-        raise UsageError(f"{sweep}: no such file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{sweep} is a directory: give a TOML file") from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
+        raise _unusable(sweep, error) from None
     for name, reason in left_out.items():
         _complain(f"left out: {name}: {reason}", 0)
     if dry_run:
@@ -178,6 +170,235 @@ def cost(
         except ValueError as error:
             raise UsageError(str(error)) from None
     return _show_results(table[table["key"].isin([case.key for case in cells])], out, json)
+
+
+@app.command
+def loss(
+    sweep: Path | None = None,
+    *,
+    preset: str | None = None,
+    arch: Names = None,
+    length: Numbers = None,
+    size: Names = None,
+    learning_rate: Rates = None,
+    seed: Numbers = None,
+    tokens: Numbers = None,
+    batch: int | None = None,
+    batch_tokens: int | None = None,
+    corpus: str | None = None,
+    unit: str | None = None,
+    evaluate_at: Numbers = None,
+    dtype: str | None = None,
+    backend: str | None = None,
+    ranks: int | None = None,
+    parallel: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    time_limit: float = 3600.0,
+    checkpoint_every: float = 60.0,
+    out: Path = Path("runs/loss"),
+    dry_run: Flag = False,
+    json: Flag = False,
+) -> int:
+    """Train language models on real text and validate them; the same command again resumes.
+
+    Parameters
+    ----------
+    sweep
+        TOML file with [[grid]] tables.
+    preset
+        A built-in sweep instead of a file; seqscale list shows them.
+    arch
+        These architectures only (may be given several times); a hybrid as mamba2*3+transformer.
+    length
+        These training lengths instead of the sweep's.
+    size
+        This size instead: 1M for matched parameters, d256 for a width, d128h32l4 for heads of 32
+        and four blocks.
+    learning_rate
+        These peak learning rates instead.
+    seed
+        These seeds instead; from 3 on there are intervals.
+    tokens
+        Train each run on so many tokens in all.
+    batch
+        Sequences a step.
+    batch_tokens
+        Tokens a step instead.
+    corpus
+        python-source, files:GLOB, memmap:PATH (of seqscale prepare), hf:NAME.
+    unit
+        What a token is: byte or character.
+    evaluate_at
+        Evaluate at this length too.
+    dtype
+        float32, or bfloat16 (autocast).
+    backend
+        This backend instead of the sweep's: reference, torch, triton.
+    ranks
+        Processes that share each run, as torchrun starts them; each takes a GPU where there are.
+    parallel
+        ddp or fsdp.
+    device
+        auto (an NVIDIA GPU where there is one), cpu or cuda.
+    threads
+        CPU threads; default: all cores.
+    time_limit
+        Seconds that one run may take.
+    checkpoint_every
+        Seconds between checkpoints of a run.
+    out
+        Run directory: records, cells.csv, checkpoints.
+    dry_run
+        Only show the runs, with a rough estimate of their time and memory.
+    json
+        One JSON document on standard output, everything else on standard error.
+    """
+    from harness.trials import LossGrid
+
+    instead = {
+        "archs": arch,
+        "lengths": length,
+        "size": size,
+        "learning_rates": learning_rate,
+        "seeds": seed,
+        "tokens": tokens,
+        "batch": batch,
+        "batch_tokens": batch_tokens,
+        "corpus": corpus,
+        "unit": unit,
+        "evaluate_at": evaluate_at,
+        "dtype": dtype,
+        "backend": backend,
+        "ranks": ranks,
+        "parallel": parallel,
+    }
+    running = {
+        "device": device,
+        "threads": threads,
+        "time_limit_s": time_limit,
+        "checkpoint_every_s": checkpoint_every,
+    }
+    return _train(LossGrid, sweep, preset, instead, running, out, dry_run, json)
+
+
+@app.command
+def recall(
+    sweep: Path | None = None,
+    *,
+    preset: str | None = None,
+    task: Names = None,
+    arch: Names = None,
+    length: Numbers = None,
+    size: Names = None,
+    learning_rate: Rates = None,
+    seed: Numbers = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    evaluate_at: Numbers = None,
+    dtype: str | None = None,
+    backend: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    time_limit: float = 3600.0,
+    checkpoint_every: float = 60.0,
+    out: Path = Path("runs/recall"),
+    dry_run: Flag = False,
+    json: Flag = False,
+) -> int:
+    """Train models on synthetic tasks of recall and test them; the same command again resumes.
+
+    Parameters
+    ----------
+    sweep
+        TOML file with [[grid]] tables.
+    preset
+        A built-in sweep instead of a file; seqscale list shows them.
+    task
+        These tasks only; seqscale list names all.
+    arch
+        These architectures only (may be given several times); a hybrid as mamba2*3+transformer.
+    length
+        These lengths instead of the sweep's.
+    size
+        This size instead: d64 for a width, d64h16 for heads of 16, d64n8 for Mamba-2's N = 8.
+    learning_rate
+        These peak learning rates instead.
+    seed
+        These seeds instead; from 3 on there are intervals.
+    steps
+        At most so many steps.
+    batch
+        Sequences a step.
+    evaluate_at
+        Test at this length too.
+    dtype
+        float32, or bfloat16 (autocast).
+    backend
+        This backend instead of the sweep's: reference, torch, triton.
+    device
+        auto (an NVIDIA GPU where there is one), cpu or cuda.
+    threads
+        CPU threads; default: all cores.
+    time_limit
+        Seconds that one run may take.
+    checkpoint_every
+        Seconds between checkpoints of a run.
+    out
+        Run directory: records, cells.csv, checkpoints.
+    dry_run
+        Only show the runs, with a rough estimate of their time and memory.
+    json
+        One JSON document on standard output, everything else on standard error.
+    """
+    from harness.trials import RecallGrid
+
+    instead = {
+        "tasks": task,
+        "archs": arch,
+        "lengths": length,
+        "size": size,
+        "learning_rates": learning_rate,
+        "seeds": seed,
+        "steps": steps,
+        "batch": batch,
+        "evaluate_at": evaluate_at,
+        "dtype": dtype,
+        "backend": backend,
+    }
+    running = {
+        "device": device,
+        "threads": threads,
+        "time_limit_s": time_limit,
+        "checkpoint_every_s": checkpoint_every,
+    }
+    return _train(RecallGrid, sweep, preset, instead, running, out, dry_run, json)
+
+
+@app.command
+def prepare(corpus: str, to: Path, *, unit: str = "byte") -> int:
+    """Write a corpus as a token file, which runs map into memory instead of reading it.
+
+    Parameters
+    ----------
+    corpus
+        python-source, files:GLOB or hf:NAME.
+    to
+        File to write, with TO.json beside it; then: seqscale loss --corpus memmap:TO.
+    unit
+        What a token is: byte or character.
+    """
+    from harness import data
+
+    try:
+        found = data.prepare(corpus, to, unit)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(
+        f"{to}: {len(found.train):,} tokens to train on, {len(found.validation):,} to validate, "
+        f"of {found.documents:,} documents: --corpus memmap:{to} --unit {unit}"
+    )
+    return 0
 
 
 @app.command
@@ -339,6 +560,68 @@ def doctor(*, json: Flag = False) -> int:
     checks = doctor_module.examine()
     _say(doctor_module.as_json(checks), doctor_module.lines(checks), json)
     return 0
+
+
+def _one_sweep(verb: str, sweep: Path | None, preset: str | None) -> None:
+    """UsageError unless there is a file or a preset."""
+    if sweep is None and preset is None:
+        raise UsageError(f"give a sweep file or --preset, as in: seqscale {verb} --preset quick")
+    if sweep is not None and preset is not None:
+        raise UsageError(
+            f"give the sweep file {str(sweep)!r} or --preset, not both (options that take several "
+            "values are repeated: --arch mamba2 --arch hyena)"
+        )
+
+
+def _unusable(sweep: Path | None, error: Exception) -> UsageError:
+    """What is wrong with a sweep, in a line."""
+    if isinstance(error, FileNotFoundError):
+        return UsageError(f"{sweep}: no such file")
+    if isinstance(error, IsADirectoryError):
+        return UsageError(f"{sweep} is a directory: give a TOML file")
+    return UsageError(str(error))
+
+
+def _train(
+    kind: type[Training],
+    sweep: Path | None,
+    preset: str | None,
+    instead: dict[str, Any],
+    running: dict[str, Any],
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Verbs loss and recall: choose the cells, train them, show what came of them."""
+    from harness import sweep as sweep_module
+    from harness import trials
+
+    _one_sweep(kind.kind, sweep, preset)
+    try:
+        running["device"] = sweep_module.resolve_device(running["device"])
+        grids = sweep_module.load(sweep, kind) if sweep else trials.preset(kind, str(preset))
+        cells = trials.trial_cells(trials.narrowed(grids, **instead), running["device"])
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
+        raise _unusable(sweep, error) from None
+    try:
+        trials.check_corpora(cells)
+        if dry_run:
+            return _show_plan(cells, out, as_json)
+        from harness.progress import SweepProgress
+
+        with SweepProgress(cells, _console(stderr=True)) as progress:
+            table = trials.run(
+                cells,
+                out,
+                **running,
+                on_open=progress.opened,
+                on_start=progress.started,
+                on_finish=progress.finished,
+                on_progress=progress.advanced,
+            )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return _show_results(table[table["key"].isin([case.key for case in cells])], out, as_json)
 
 
 def _name_damaged(damaged: Damaged) -> None:

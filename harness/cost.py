@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.record import Case, Measurement, RunDirectory, write_atomically
-from harness.run import Settings, run_cells
+from harness.record import Case, Measurement, RunDirectory
+from harness.run import Settings, into
 from harness.worker import WrongResultError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from harness.plans import Plans
     from harness.sweep import Grid
 
-MAX_THREADS = 4096
-MAX_LIMIT_S = 30 * 24 * 3600
 CEILING_RETRIES = 6  # before a time is called faster than possible
 Metrics = dict[str, Any]
 Samples = dict[str, list[float]]
@@ -58,23 +56,13 @@ def run(
         OSError: `out` cannot be written.
         WorkerFailedError: no process that measures can be started.
     """
-    from harness import report, versus
+    from harness import versus
     from harness.sweep import as_cells, resolve_device
 
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
-    if not 0 < time_limit_s <= MAX_LIMIT_S:
-        raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
     device = resolve_device(device)
     cells, _ = versus.joined(as_cells(sweep, device), peers, device)
-    out = Path(out)
-    with RunDirectory(out) as directory:
-        on_open(directory)
-        settings = Settings(device, threads, time_limit_s, energy)
-        run_cells(cells, directory, settings, on_start=on_start, on_finish=on_finish)
-        table = report.frame(out)
-        write_atomically(out / "cells.csv", table.to_csv(index=False))
-    return table
+    settings = Settings(device, threads, time_limit_s, energy)
+    return into(Path(out), cells, settings, on_open, on_start=on_start, on_finish=on_finish)
 
 
 def measure(
@@ -99,15 +87,11 @@ def measure(
         WrongResultError: the result differs from the reference.
         FasterThanRooflineError: the time is below what the device can do.
         NotImplementedError: there is no such cell.
-        FloatingPointError: a training run diverged.
     """
     from harness.plans import recorded
 
     refuse_interpreter(case)
     plans = {} if plans is None else plans
-    if case.kind == "loss":
-        with recorded(plans):
-            return _loss(case, device)
     from harness import timing
     from harness.workload import ALLOWED_ERROR, build
 
@@ -181,32 +165,3 @@ def checked(error: float, allowed: float) -> float:
     if not error <= allowed:  # NaN is wrong too
         raise WrongResultError(f"relative error {error:.1e} against the reference, not {allowed:g}")
     return error
-
-
-def _loss(case: Case, device: str) -> tuple[Metrics, Samples]:
-    from harness import data, loss
-    from harness.workload import build_model
-
-    assert case.seq_len is not None
-    corpus = data.python_source()
-    model = build_model(case, case.seq_len, device)
-    run = loss.train(
-        model,
-        corpus,
-        steps=case.options["steps"],
-        batch=case.batch,
-        seq_len=case.seq_len,
-        learning_rate=case.options["learning_rate"],
-        seed=case.seed,
-    )
-    metrics = {
-        "train_loss_bits_per_byte_first": run.train_bits_per_byte[0],
-        "train_loss_bits_per_byte_last": run.train_bits_per_byte[-1],
-        "val_loss_bits_per_byte": run.validation_bits_per_byte,
-        "train_s": run.seconds,
-        "tokens": len(run.train_bits_per_byte) * case.batch * case.seq_len,
-        "params": model.parameter_count(),
-        "corpus_sha256": corpus.sha256,
-        "corpus_bytes": len(corpus.train) + len(corpus.validation),
-    }
-    return metrics, {"train_loss_bits_per_byte": run.train_bits_per_byte}

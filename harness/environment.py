@@ -21,8 +21,14 @@ FINGERPRINT = (
 )  # fmt: skip
 
 FOREIGN_LOAD = 0.5  # of our cores that others may use before a time counts as disturbed
-# The modules of the harness that decide what is timed, and how.
-MEASURING = ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload")
+# The modules of the harness that decide what is measured, and how, by kind of cell.
+TRAINING = ("harness.ranks", "harness.timing", "harness.training", "harness.trial")
+TEXT = ("harness.corpus", "harness.data", "harness.documents", "harness.token_file")
+MEASURING = {
+    "cost": ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload"),
+    "loss": (*TRAINING, *TEXT, "harness.loss"),
+    "recall": (*TRAINING, "harness.recall", "harness.recall_tasks", "harness.tasks"),
+}
 CALLING = ("harness.peers", "harness.peer_calls")  # likewise of a peer
 
 
@@ -79,11 +85,13 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def code_hash(arch: str, implementation: str = "ours", backend: str = "torch") -> str:
+def code_hash(
+    arch: str, implementation: str = "ours", backend: str = "torch", kind: str = "cost"
+) -> str:
     """16 hexadecimal digits over the sources behind a number of an architecture or hybrid pattern.
 
     These are the modules of its blocks, the model around them, and all that they import of the
-    same packages; a plug-in's own sources likewise; and the modules that feed and time it. On
+    same packages; a plug-in's own sources likewise; and those of a kind of cell's measuring. On
     backend "triton" also the kernels of the operations among them, which are imported by name. Of
     a peer also the modules that call it, and its library's version.
 
@@ -107,7 +115,7 @@ def code_hash(arch: str, implementation: str = "ours", backend: str = "torch") -
                 modules.add(f"{module}_kernel")
     peer = PEERS.get(implementation)
     # These import every architecture: they are not followed.
-    for module in (*MEASURING, *(CALLING if peer else ())):
+    for module in (*MEASURING[kind], *(CALLING if peer else ())):
         if path := _source(module):
             sources[module] = path.read_bytes()
     digest = hashlib.sha256(str(peer.version).encode() if peer else b"")

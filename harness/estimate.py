@@ -54,7 +54,7 @@ def estimate(case: Case, matmul_flops_per_s: float = 6e10) -> Estimate:
     """Time and memory of a cell; those of the `reference` backend are the roughest.
 
     Args:
-        case: a cell of kind cost or loss.
+        case: a cell of any kind; of a training run the longest that it may be.
         matmul_flops_per_s: rate of a large matrix product in the case's type, all threads.
 
     Raises:
@@ -62,9 +62,8 @@ def estimate(case: Case, matmul_flops_per_s: float = 6e10) -> Estimate:
     """
     shape = _shape(case)
     call = _call_seconds(case, shape, matmul_flops_per_s)
-    if case.kind == "loss":
-        steps = int(case.options.get("steps", 1))
-        seconds = FIXED_S + CORPUS_S + (steps + 2) * call
+    if case.kind != "cost":
+        seconds = FIXED_S + CORPUS_S + (case.options["steps"] + 2) * call
     else:
         # Random weights and states, and their copies in float64.
         setup = shape.params / 1e7 + _states(case, shape) / 2e7

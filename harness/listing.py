@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import sweep
+from harness import sweep, trials
 
 
 def everything() -> dict[str, Any]:
     """Architectures (with plug-ins), backends, peers, levels with their phases, presets, types."""
     from archs import architectures
     from harness.peers import PEERS
+    from harness.tasks import TASKS
 
     return {
         "architectures": {
@@ -31,6 +32,13 @@ def everything() -> dict[str, Any]:
             }
             for name, grids in sweep.PRESETS.items()
         },
+        **{
+            f"{kind} presets": {
+                name: {"cells": len(trials.trial_cells(grids))} for name, grids in presets.items()
+            }
+            for kind, presets in trials.PRESETS.items()
+        },
+        "tasks": {name: (task.__doc__ or "").partition("\n")[0] for name, task in TASKS.items()},
     }
 
 
@@ -45,8 +53,7 @@ def _summary(grid: sweep.Grid) -> str:
     span = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} … {numbers[-1]:,}"
     along = "T" if grid.lengths else "position"
     batch = f"B·T = {grid.tokens:,}" if grid.tokens else f"B = {grid.batch or 1}"
-    kind = "" if grid.kind == "cost" else f"{grid.kind}: "
-    return f"{kind}{words(grid.level)} {words(grid.phase)}, {along} {span}, {batch}, {grid.size}"
+    return f"{words(grid.level)} {words(grid.phase)}, {along} {span}, {batch}, {grid.size}"
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -55,10 +62,16 @@ def lines(found: dict[str, Any]) -> list[str]:
     width = max(map(len, found["architectures"]))
     said += [f"  {name:{width}}  {about}" for name, about in found["architectures"].items()]
     said.append("  or a hybrid, as mamba2*3+transformer")
-    said.append("presets")
+    said.append("presets of seqscale cost")
     for name, preset in found["presets"].items():
         said.append(f"  {name}: {preset['cells']} cells")
         said += [f"    {grid}" for grid in preset["grids"]]
+    for kind in trials.PRESETS:
+        counts = [f"{name} ({p['cells']} runs)" for name, p in found[f"{kind} presets"].items()]
+        said.append(f"presets of seqscale {kind}: {', '.join(counts)}")
+    said.append("recall tasks")
+    width = max(map(len, found["tasks"]))
+    said += [f"  {name:{width}}  {about}" for name, about in found["tasks"].items()]
     said.append("levels and their phases")
     said += [f"  {level}: {', '.join(phases)}" for level, phases in found["phases"].items()]
     said.append("backends: " + ", ".join(found["backends"]))

@@ -1,92 +1,161 @@
-"""Training runs on real bytes: the loss of each step, in bits a byte."""
+"""What an architecture loses: language models trained on real text, validated by length and place.
+
+Every model of a seed sees the same batches. Validation is on the same tokens at every length that
+divides the block (`Corpus.validation_windows`), whole windows, so that a loss at length T is the
+mean over all places in a context of T tokens.
+"""
+
+from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from archs.model import LanguageModel
-from harness.data import Corpus
+from harness import data, training
+from harness.corpus import Corpus
+from harness.record import Case
+from harness.training import Recipe, Trained, nats
+from harness.trial import Metrics, Place, Samples, accounted, build_model, observed
+
+LOOKS = 8  # at the validation loss on the way, evenly spread, the end included
+LOOKED_AT = 1 << 14  # tokens of such a look
+AT_ONCE = 1 << 14  # tokens of a forward pass without gradients
+BINS_AN_OCTAVE = 4  # of the loss by position
+
+Windows = tuple[Tensor, Tensor]  # inputs and targets, each (windows, T)
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """What a training run left behind."""
-
-    train_bits_per_byte: list[float]  # before each step's update
-    validation_bits_per_byte: float  # after the last step
-    seconds: float  # training alone
-
-
-def train(
-    model: LanguageModel,
-    corpus: Corpus,
-    *,
-    steps: int,
-    batch: int,
-    seq_len: int,
-    learning_rate: float,
-    seed: int = 0,
-    validation_batches: int = 4,
-) -> TrainingRun:
-    """Train with AdamW, a tenth of the steps warm-up, then cosine to a tenth; gradients clipped.
-
-    Weight decay 0.1 acts on matrices only, and not on parameters marked `_no_weight_decay`.
-    The same seed gives every model the same batches.
+def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
+    """Train and validate the model of a case.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        ValueError: the corpus has too little text for the case, or is no corpus.
+        FloatingPointError: the run diverged.
+        OSError: a file of the corpus cannot be read, or a checkpoint not written.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1 and not _spared(p)]
-    others = [p for p in model.parameters() if p.ndim <= 1 or _spared(p)]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-    )
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: (
-            (step + 1) / warm_up
-            if step < warm_up
-            else 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
-        ),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
-    start = time.perf_counter()
-    for step in range(steps):
-        loss = bits_per_byte(model, *corpus.batch(batch, seq_len, generator))
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(loss.item())
-    seconds = time.perf_counter() - start
-    generator.manual_seed(seed + 1)
-    with torch.no_grad():
-        held_out = [
-            bits_per_byte(model, *corpus.batch(batch, seq_len, generator, validation=True)).item()
-            for _ in range(validation_batches)
-        ]
-    return TrainingRun(losses, sum(held_out) / len(held_out), seconds)
+    options, length = case.options, case.seq_len or 0
+    corpus = data.load(options["corpus"], options["unit"])
+    lengths = [length, *options.get("evaluate_at", [])]
+    block, tokens = options["validation_block"], options["validation_tokens"]
+    data.check(corpus, [length], block, tokens)
+    windows = {n: corpus.validation_windows(n, tokens, block) for n in sorted(set(lengths))}
+    inputs, targets = (part[: max(1, LOOKED_AT // length)] for part in windows[length])
+    steps = options["steps"]
+    found: dict[int, Tensor] = {}
+    counted: dict[str, int] = {}
+
+    def batch(step: int) -> training.Batch:
+        return corpus.batch(case.batch, length, training.seeded(case.seed, step))
+
+    def run() -> Trained:
+        model = build_model(case, corpus.vocab_size, max(lengths), place.ranks.device)
+        looks = {max(1, round(steps * i / LOOKS)) for i in range(1, LOOKS + 1)}
+        recipe = Recipe(
+            steps=steps,
+            learning_rate=options["learning_rate"],
+            bfloat16=case.dtype == "bfloat16",
+            watch_at=tuple(sorted(looks)),
+        )
+        done = training.train(
+            model,
+            batch,
+            recipe,
+            ranks=place.ranks,
+            watch=lambda: bits(
+                by_place(model, (inputs, targets), place, recipe).mean().item(), corpus
+            ),
+            keeping=place.keeping,
+            on_step=lambda step: place.on_progress(step / steps),
+        )
+        found.update({n: by_place(model, windows[n], place, recipe) for n in windows})
+        counted.update(accounted(model, case))
+        return done
+
+    done, seen = observed(run, place)
+    trained = done.steps * case.batch * length
+    loss = found[length].mean().item()
+    metrics: Metrics = {
+        "val_loss_bits_per_byte": bits(loss, corpus),
+        f"val_loss_nats_per_{_short(corpus.unit)}": loss,
+        "train_loss_bits_per_byte_first": bits(done.losses[0], corpus),
+        "train_loss_bits_per_byte_last": bits(_last(done.losses), corpus),
+        "train_s": done.seconds,
+        "tokens": trained,
+        "tokens_per_s": trained / done.seconds,
+        "train_flops": done.steps * counted.pop("step_flops"),
+        **counted,
+        **seen,
+        **_about(corpus),
+    }
+    samples: Samples = {
+        "train_loss_bits_per_byte": [bits(value, corpus) for value in done.losses],
+        "watched_step": [float(look.step) for look in done.watched],
+        "watched_s": [look.seconds for look in done.watched],
+        "watched_loss_bits_per_byte": [look.value for look in done.watched],
+        "resumed_at_step": list(map(float, done.resumed_at)),
+        "evaluated_at": list(map(float, windows)),
+        "evaluated_loss_bits_per_byte": [bits(found[n].mean().item(), corpus) for n in windows],
+    }
+    for name, n in (("position", length), ("longest_position", max(lengths))):
+        places, losses = binned(found[n])
+        samples[name] = places
+        samples[f"{name}_loss_bits_per_byte"] = [bits(value, corpus) for value in losses]
+    return metrics, samples
 
 
-def bits_per_byte(
-    model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross-entropy of the next byte in bits; inputs and targets (B, T)."""
-    device = model.head.weight.device
-    logits = model(inputs.to(device)).logits
-    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten())
-    return nats / math.log(2)
+@torch.no_grad()
+def by_place(model: nn.Module, windows: Windows, place: Place, recipe: Recipe) -> Tensor:
+    """The mean loss at each place of a window, (T,) in nats a token, float64, over all windows."""
+    inputs, targets = windows
+    ranks = place.ranks
+    total = torch.zeros(inputs.shape[1], dtype=torch.float64, device=ranks.device)
+    rows = max(1, AT_ONCE // inputs.shape[1])
+    for start in range(0, len(inputs), rows):
+        part, wanted = (x[start : start + rows].to(ranks.device) for x in (inputs, targets))
+        with training.autocast(ranks.device_type, recipe.bfloat16):
+            logits = model(part).logits
+        total += nats(logits, wanted, "none").view(wanted.shape).double().sum(0)
+    return (total / len(inputs)).cpu()
 
 
-def _spared(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "_no_weight_decay", False)
+def binned(losses: Tensor) -> tuple[list[float], list[float]]:
+    """The loss by position in bins that widen: mean position, from 1, and mean loss of each."""
+    T = len(losses)
+    edges = {round(2 ** (i / BINS_AN_OCTAVE)) for i in range(math.ceil(4 * math.log2(T)) + 1)}
+    bounds = [0, *sorted(edge for edge in edges if edge < T), T]
+    places, values = [], []
+    for low, high in pairwise(bounds):
+        places.append((low + 1 + high) / 2)
+        values.append(losses[low:high].mean().item())
+    return places, values
+
+
+def bits(nats_a_token: float, corpus: Corpus) -> float:
+    """Bits a byte of a loss in nats a token."""
+    return nats_a_token / math.log(2) / corpus.bytes_per_token
+
+
+def _last(losses: list[float]) -> float:
+    """The mean of the last twentieth of the steps: one step's loss is noise."""
+    few = max(1, len(losses) // 20)
+    return sum(losses[-few:]) / few
+
+
+def _short(unit: str) -> str:
+    return "char" if unit == "character" else unit
+
+
+def _about(corpus: Corpus) -> dict[str, Any]:
+    one, pair = data.entropies(corpus.validation, corpus.vocab_size)
+    return {
+        "unigram_entropy_bits_per_byte": one / corpus.bytes_per_token,
+        "bigram_entropy_bits_per_byte": pair / corpus.bytes_per_token,
+        "corpus_sha256": corpus.sha256,
+        "corpus_documents": corpus.documents,
+        "corpus_train_tokens": len(corpus.train),
+        "corpus_validation_tokens": len(corpus.validation),
+        "vocab_size": corpus.vocab_size,
+    }

@@ -24,6 +24,7 @@ class SweepProgress:
         self.console = console
         self.total = len(cells)
         self.done = self.reused = 0
+        self._current, self._before = "", 0.0  # the cell, and the estimated seconds before it
         self._bar = Progress(
             BarColumn(bar_width=24),
             TextColumn("{task.fields[done]}/{task.fields[cells]}"),
@@ -46,14 +47,20 @@ class SweepProgress:
 
     def started(self, case: Case) -> None:
         """Show which cell is being measured."""
+        self._current = case.key
         self._bar.update(self._task, description=escape(case.label))
+
+    def advanced(self, share: float) -> None:
+        """Show how much of the current cell is done."""
+        seconds = self._seconds.get(self._current, 0)
+        self._bar.update(self._task, completed=self._before + share * seconds)
 
     def finished(self, measurement: Measurement, known: bool) -> None:
         """Show what came of a cell; `known` says that an earlier run measured it."""
         self.done += 1
         self.reused += known
-        advance = self._seconds.get(measurement.case.key, 0)
-        self._bar.update(self._task, advance=advance, done=self.done)
+        self._before += self._seconds.get(measurement.case.key, 0)
+        self._bar.update(self._task, completed=self._before, done=self.done)
         failed = measurement.status in FAULTS
         if known or (self.console.is_terminal and not failed):
             return
@@ -87,4 +94,6 @@ def outcome(measurement: Measurement) -> str:
     metrics = measurement.metrics
     if "time_ms_p50" in metrics:
         return f"{metrics['time_ms_p50']:.3g} ms"
+    if "accuracy" in metrics:
+        return f"{metrics['accuracy']:.1%} right after {metrics['steps_taken']} steps"
     return f"{metrics['val_loss_bits_per_byte']:.3f} bits a byte"

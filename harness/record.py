@@ -47,7 +47,7 @@ OURS, AGAIN = "ours", "ours again"
 class Case:
     """What was asked of one cell; `key` is its only identity."""
 
-    kind: str  # cost | loss
+    kind: str  # cost | loss | recall
     arch: str  # an architecture or a hybrid pattern
     level: str  # op | block | model
     phase: str  # forward | backward | train_step | prefill | decode
@@ -74,12 +74,27 @@ class Case:
     @property
     def label(self) -> str:
         """One line for people."""
+        if self.kind != "cost":
+            return self._trial_label
         where = f"T={self.seq_len}" if self.position is None else f"position {self.position}"
         whose = "" if self.implementation == OURS else f" {self.implementation}"
         again = f" replicate {self.replicate}" if self.replicate else ""
         return (
             f"{self.arch} {self.level} {self.phase} {where} B={self.batch} {self.size} "
             f"{self.dtype} {self.backend}{whose}{again}"
+        )
+
+    @property
+    def _trial_label(self) -> str:
+        """One line for people of a training run."""
+        settings = self.options.get("settings", {})
+        task = " ".join(
+            [self.options.get("task", self.kind), *(f"{k}={v}" for k, v in settings.items())]
+        )
+        return (
+            f"{self.arch} {task} T={self.seq_len} B={self.batch} {self.size} {self.dtype} "
+            f"{self.backend}, {self.options.get('steps')} steps at "
+            f"{self.options.get('learning_rate')}, seed {self.seed}"
         )
 
 

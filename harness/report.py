@@ -101,11 +101,11 @@ def curves(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]
     cost = cells[(cells["kind"] == "cost") & (cells["implementation"] != AGAIN)]
     for values, part in cost.groupby(list(CURVE), sort=False, dropna=False):
         common = dict(zip(CURVE, values, strict=True))
-        for batch, same in _schemes(part):
+        for batch, same in schemes(part):
             yield {**common, "batch": batch}, same
 
 
-def _schemes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def schemes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Cells by token budget or by batch, whichever makes the longest curve, as often as it takes.
 
     A directory may hold several of both.
@@ -129,6 +129,8 @@ def tables(cells: pd.DataFrame) -> list[Table]:
 
     What was measured side by side has tables of its own: `harness.versus.tables`.
     """
+    from harness import learned, learned_tables  # which read what is above
+
     found = []
     for common, part in curves(cells[cells["comparison"].isna()]):
         along = "position" if common["phase"] == "decode" else "seq_len"
@@ -136,10 +138,7 @@ def tables(cells: pd.DataFrame) -> list[Table]:
         if common["implementation"] != OURS:
             what += f", {common['implementation']}"
         found.append(_growth_table(what, part, along))
-    runs = cells[cells["kind"] == "loss"]
-    if len(runs):
-        found.append(_loss_table(runs))
-    return found
+    return found + learned_tables.tables(learned.studies(cells))
 
 
 def _growth_table(title: str, part: pd.DataFrame, along: str) -> Table:
@@ -194,23 +193,3 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _loss_table(runs: pd.DataFrame) -> Table:
-    table = Table(title="training on real bytes, bits a byte")
-    for name in ("architecture", "parameters", "first step", "last step", "validation", "seconds"):
-        table.add_column(name, justify="left" if name == "architecture" else "right")
-    runs = runs.set_index("arch", drop=False).loc[in_order(runs["arch"])]
-    for _, row in runs.iterrows():
-        if row["status"] != "ok":
-            table.add_row(row["arch"], row["status"])
-            continue
-        table.add_row(
-            row["arch"],
-            f"{row['params']:,.0f}",
-            f"{row['train_loss_bits_per_byte_first']:.3f}",
-            f"{row['train_loss_bits_per_byte_last']:.3f}",
-            f"{row['val_loss_bits_per_byte']:.3f}",
-            f"{row['train_s']:.1f}",
-        )
-    return table

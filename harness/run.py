@@ -20,16 +20,24 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from harness import versus
 from harness.environment import code_hash, same_place
 from harness.record import AGAIN, FAULTS, OURS, Case, Measurement, RunDirectory, write_atomically
 from harness.worker import OUT_OF_MEMORY, one_line
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_THREADS = 4096
+MAX_LIMIT_S = 30 * 24 * 3600
 START_LIMIT_S = 300  # to import PyTorch from a slow disk, or to measure the ceilings
 KEPT_OUTPUT_BYTES = 16_384  # of what a worker prints
 HEALTHY = frozenset({"ok", "unsupported", "diverged"})
+
+
+OnProgress = Callable[[float], None]  # the share of a cell that is done
 
 
 class WorkerFailedError(ChildProcessError):
@@ -72,8 +80,14 @@ class Worker:
         self._listener.start()
         self.environment = self.ask(START_LIMIT_S, "prepare", device=device, threads=threads)
 
-    def ask(self, limit_s: float, verb: str, **request: Any) -> dict[str, Any]:
-        """The reply to a request.
+    def ask(
+        self,
+        limit_s: float,
+        verb: str,
+        on_progress: OnProgress = lambda share: None,
+        **request: Any,
+    ) -> dict[str, Any]:
+        """The reply to a request; `on_progress` is told of the share that is done, where it says.
 
         Raises:
             WorkerFailedError: it died, or did not reply within `limit_s`; it is gone then.
@@ -83,7 +97,7 @@ class Worker:
             os.write(self._requests, json.dumps({"verb": verb, **request}).encode() + b"\n")
         deadline = time.monotonic() + limit_s
         try:
-            while b"\n" not in self._received:
+            while (reply := self._reply(on_progress)) is None:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not select.select([self._replies], [], [], remaining)[0]:
                     self.kill()
@@ -95,9 +109,18 @@ class Worker:
         except BaseException:
             self.kill()
             raise
-        line, _, rest = bytes(self._received).partition(b"\n")
-        self._received = bytearray(rest)
-        return json.loads(line)
+        return reply
+
+    def _reply(self, on_progress: OnProgress) -> dict[str, Any] | None:
+        """The reply, if it has come; what came before it is passed on."""
+        while b"\n" in self._received:
+            line, _, rest = bytes(self._received).partition(b"\n")
+            self._received = bytearray(rest)
+            said = json.loads(line)
+            if "progress" not in said:
+                return said
+            on_progress(said["progress"])
+        return None
 
     def kill(self) -> None:
         """Kill the whole process group; it holds nothing that would be missed."""
@@ -172,14 +195,23 @@ class Settings(NamedTuple):
     threads: int | None = None  # CPU threads for PyTorch; None: as it is
     time_limit_s: float = 600.0  # for one cell, and for each cell of a comparison
     energy: bool = False  # measure energy: a GPU is kept busy 2 s longer a cell
+    checkpoint_every_s: float = 60.0  # seconds between checkpoints of a training run
 
 
 class Launcher:
     """Runs cells one after another in a local worker."""
 
-    def __init__(self, settings: Settings, session: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        session: str,
+        checkpoints: Path = Path("checkpoints"),
+        on_progress: OnProgress = lambda share: None,
+    ) -> None:
         self.settings = settings
         self.session = session
+        self.checkpoints = checkpoints
+        self.on_progress = on_progress
         self.ceilings: dict[str, float] = {}
         self._worker: Worker | None = None
         self._replicate = 0
@@ -207,9 +239,12 @@ class Launcher:
             reply: dict[str, Any] = worker.ask(
                 self.settings.time_limit_s,
                 "measure",
+                self.on_progress,
                 case=case.asked(),
                 ceilings=self.ceilings,
                 energy=self.settings.energy,
+                checkpoint=str((self.checkpoints / f"{case.key}.safetensors").resolve()),
+                checkpoint_every_s=self.settings.checkpoint_every_s,
             )
         except WorkerFailedError as failure:
             self._worker = None
@@ -338,6 +373,42 @@ OnStart = Callable[[Case], None]
 OnFinish = Callable[[Measurement, bool], None]  # the measurement, and whether it was there already
 
 
+def into(
+    out: Path,
+    cells: Sequence[Case],
+    settings: Settings,
+    on_open: Callable[[RunDirectory], None] = lambda directory: None,
+    **reporting: Any,
+) -> pd.DataFrame:
+    """Measure the cells that a run directory does not hold; a row for every cell there.
+
+    Args:
+        out: the run directory; records go to `out`/records, the table to `out`/cells.csv.
+        cells: what to measure.
+        settings: how.
+        on_open: called once with the opened directory.
+        **reporting: as of `run_cells`.
+
+    Raises:
+        ValueError: threads or a time that cannot be.
+        DirectoryInUseError, OSError, WorkerFailedError: as `RunDirectory` and `run_cells`.
+    """
+    from harness import report
+
+    if settings.threads is not None and not 1 <= settings.threads <= MAX_THREADS:
+        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {settings.threads}")
+    if not 0 < settings.time_limit_s <= MAX_LIMIT_S:
+        raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
+    if not settings.checkpoint_every_s >= 0:
+        raise ValueError("seconds between checkpoints must be 0 or more")
+    with RunDirectory(out) as directory:
+        on_open(directory)
+        run_cells(cells, directory, settings, **reporting)
+        table = report.frame(out)
+        write_atomically(out / "cells.csv", table.to_csv(index=False))
+    return table
+
+
 def run_cells(
     cells: Sequence[Case],
     directory: RunDirectory,
@@ -345,6 +416,7 @@ def run_cells(
     *,
     on_start: OnStart,
     on_finish: OnFinish,
+    on_progress: OnProgress = lambda share: None,
 ) -> None:
     """Measure every cell of which `directory` holds no result from here.
 
@@ -360,7 +432,8 @@ def run_cells(
     hashes = {code: code_hash(*code) for code in set(map(_code, cells))}
     groups = versus.groups(cells)
     write_atomically(directory.path / "plan.json", _plan(cells))
-    with Launcher(settings, session) as launcher:
+    checkpoints = directory.path / "checkpoints"
+    with Launcher(settings, session, checkpoints, on_progress) as launcher:
         here = launcher.worker.environment
         standing = {
             key
@@ -421,9 +494,9 @@ def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings
     return before.get("code_hash") == here["code_hash"]
 
 
-def _code(case: Case) -> tuple[str, str, str]:
+def _code(case: Case) -> tuple[str, str, str, str]:
     """What `code_hash` is formed of."""
-    return case.arch, case.implementation, case.backend
+    return case.arch, case.implementation, case.backend, case.kind
 
 
 def _stand(

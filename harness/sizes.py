@@ -9,7 +9,10 @@ from typing import Any
 
 TOLERANCE = 0.01  # a matched size misses its target by at most this share
 DEPTH = 2  # blocks of a model whose size is a width
-WIDTH = re.compile(r"d([1-9]\d*)(?:h([1-9]\d*))?")
+WIDTH = re.compile(
+    r"d(?P<width>[1-9]\d*)(?:h(?P<head_dim>[1-9]\d*))?(?:n(?P<d_state>[1-9]\d*))?"
+    r"(?:l(?P<depth>[1-9]\d*))?"
+)
 MLP_STEP = 8  # MLP widths are multiples of this
 
 
@@ -59,36 +62,45 @@ class SizeMatch:
 
 
 def parse_size(size: str) -> tuple[str, int]:
-    """("width", 256) for "d256", also "d256h128", ("params", 1000000) for "1M".
+    """("width", 256) for "d256", also "d256h128n64l4", ("params", 1000000) for "1M".
 
     Raises:
         ValueError: anything else.
     """
     if match := WIDTH.fullmatch(size):
-        return "width", int(match[1])
+        return "width", int(match["width"])
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size):
         return "params", round(float(match[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[match[2]])
     raise ValueError(f"unknown size {size!r}: write d256 for a width or 1M for matched parameters")
 
 
-def head_fields(size: str) -> dict[str, int]:
-    """The `Config` field that a size such as "d2048h128", heads of 128, gives beside the width."""
+def width_fields(size: str) -> dict[str, int]:
+    """The `Config` fields that a width gives beside it: "d64h16n8" has heads of 16, N = 8."""
     match = WIDTH.fullmatch(size)
-    return {"head_dim": int(match[2])} if match and match[2] else {}
+    found = match.groupdict() if match else {}
+    return {name: int(found[name]) for name in ("head_dim", "d_state") if found.get(name)}
 
 
-def shape_of(arch: str, size: str) -> Shape:
+def shape_of(arch: str, size: str, vocab_size: int = 256) -> Shape:
     """The shape that a case's `size` names.
 
-    Where it is a width, the depth is `DEPTH`, for a hybrid rounded up to whole patterns.
+    Where it is a width, the depth is `DEPTH`, for a hybrid rounded up to whole patterns, unless it
+    says another: "d64l4" has four blocks.
+
+    Raises:
+        ValueError: no such size, or a depth that a hybrid's pattern does not divide.
     """
     from archs.model import expand_pattern
 
     what, number = parse_size(size)
     if what == "params":
-        return match_sizes(number, [arch])[arch].shape
+        return match_sizes(number, [arch], vocab_size=vocab_size)[arch].shape
     pattern = len(expand_pattern(arch))
-    return Shape(number, pattern * math.ceil(DEPTH / pattern), head_fields(size))
+    match = WIDTH.fullmatch(size)
+    depth = pattern * math.ceil(DEPTH / pattern)
+    if match and match["depth"]:
+        depth = len(expand_pattern(arch, int(match["depth"])))
+    return Shape(number, depth, width_fields(size))
 
 
 def match_sizes(

@@ -6,13 +6,13 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from harness.record import AGAIN, OURS, Case
-from harness.sizes import SCALING, head_fields, parse_size
+from harness.sizes import SCALING, parse_size, shape_of, width_fields
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 # The sequence operation that each architecture calls; those of plug-ins have none here.
@@ -35,7 +35,6 @@ MAX_WIDTH = 1 << 20
 SMALLEST_PARAMS = 200_000  # of a matched size: below, no shape of some architectures is near
 
 CHOICES = {
-    "kind": ("cost", "loss"),
     "level": ("op", "block", "model"),
     "phase": ("forward", "backward", "train_step", "prefill", "decode"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
@@ -64,7 +63,6 @@ class Grid:
     takes positions.
     """
 
-    kind: str = "cost"
     level: str | Sequence[str]
     phase: str | Sequence[str]
     archs: str | Sequence[str] = ARCHS
@@ -73,7 +71,7 @@ class Grid:
     tokens: int | None = None  # constant token budget: the batch is tokens / length
     batch: int | None = None  # constant batch, unless there are tokens; default 1
     size: str | Sequence[str] = "d256"
-    # auto: float32 on a CPU and in training runs, else bfloat16 on a GPU
+    # auto: float32 on a CPU, bfloat16 on a GPU
     dtype: str | Sequence[str] = "auto"
     # auto: our Triton kernels on a GPU where an architecture has them, else torch
     backend: str | Sequence[str] = "auto"
@@ -98,13 +96,12 @@ class Grid:
         levels, phases, archs, sizes, dtypes = (
             self._names(name) for name in ("level", "phase", "archs", "size", "dtype")
         )
-        default_dtype = "float32" if self.kind == "loss" else DEFAULT_DTYPE[device]
         archs = [canonical_pattern(arch) for arch in archs]
         backends = self._names("backend")
         pairs = self._implemented(archs)
         return [
             Case(
-                kind=self.kind,
+                kind="cost",
                 arch=arch,
                 level=level,
                 phase=phase,
@@ -112,7 +109,7 @@ class Grid:
                 seq_len=None if phase == "decode" else number,
                 position=number if phase == "decode" else None,
                 size=size,
-                dtype=default_dtype if dtype == "auto" else dtype,
+                dtype=DEFAULT_DTYPE[device] if dtype == "auto" else dtype,
                 backend=resolve_backend(backend, arch, device),
                 implementation=implementation,
                 seed=self.seed,
@@ -121,7 +118,7 @@ class Grid:
             )
             for backend in backends
             for level, phase, size, dtype in itertools.product(levels, phases, sizes, dtypes)
-            for number in _listed(self.positions if phase == "decode" else self.lengths)
+            for number in listed(self.positions if phase == "decode" else self.lengths)
             for arch, implementation in pairs
             for replicate in range(self.replicates)
         ]
@@ -141,7 +138,7 @@ class Grid:
         ]
 
     def _names(self, name: str) -> list[str]:
-        values = _listed(getattr(self, name))
+        values = listed(getattr(self, name))
         if not values or not all(isinstance(v, str) for v in values):
             raise ValueError(f"{name} must be a name or a list of names, got {values!r}")
         return values
@@ -149,11 +146,11 @@ class Grid:
     def _check_numbers(self) -> None:
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and low <= value <= high):
+            if value is not None and not (is_whole(value) and low <= value <= high):
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
         for name in ("lengths", "positions"):
-            for value in _listed(getattr(self, name)):
-                if not (_is_whole(value) and 1 <= value <= MAX_LENGTH):
+            for value in listed(getattr(self, name)):
+                if not (is_whole(value) and 1 <= value <= MAX_LENGTH):
                     raise ValueError(f"{name} must be whole numbers >= 1, got {value!r}")
         if self.tokens is not None and self.batch is not None:
             raise ValueError("give tokens (a constant B * T) or batch (a constant B), not both")
@@ -176,20 +173,11 @@ class Grid:
 
 
 PRESETS: dict[str, tuple[Grid, ...]] = {
-    # Under four minutes on two cores: the shape of every curve, intervals for the operations.
+    # About three minutes on two cores: the shape of every curve, intervals for the operations.
     "quick": (
         Grid(level="op", phase="forward", lengths=LENGTHS, replicates=3),
         Grid(level="block", phase="train_step", lengths=LENGTHS[:4]),
         Grid(level="model", phase="decode", positions=(256, 1024, 4096, 16384)),
-        Grid(
-            kind="loss",
-            level="model",
-            phase="train_step",
-            lengths=256,
-            batch=8,
-            size="1M",
-            options={"steps": 30, "learning_rate": 2e-3, "corpus": "python-source"},
-        ),
     ),
     # About an hour on a CPU: every point in five processes, so that fits have intervals.
     "cpu": (
@@ -296,8 +284,8 @@ def preset(name: str) -> tuple[Grid, ...]:
     return PRESETS[name]
 
 
-def load(path: Path) -> tuple[Grid, ...]:
-    """The grids of a TOML file: tables [[grid]] with the fields of `Grid`.
+def load(path: Path, kind: type[Any] = Grid) -> tuple[Any, ...]:
+    """The grids of a TOML file: tables [[grid]] with the fields of `Grid`, or of another kind.
 
     Raises:
         ValueError: not TOML, no grid, a key that is not a field, or a wrong value;
@@ -309,7 +297,8 @@ def load(path: Path) -> tuple[Grid, ...]:
         raise ValueError(f"{path}: not a TOML file: not UTF-8 text") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
-    known = [f.name for f in fields(Grid)]
+    known = [f.name for f in fields(kind)]
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if extra := sorted(set(document) - {"grid"}):
         raise ValueError(f"{path}: {unknown('table', extra[0], ['grid'])}")
     tables = document.get("grid", [])
@@ -320,12 +309,11 @@ def load(path: Path) -> tuple[Grid, ...]:
         for key in table:
             if key not in known:
                 raise ValueError(f"{path}: grid {number}: {unknown('key', key, known)}")
-        for key in ("level", "phase"):
+        for key in needed:
             if key not in table:
-                raise ValueError(
-                    f"{path}: grid {number}: no {key}: one of {', '.join(CHOICES[key])}"
-                )
-        grids.append(Grid(**table))
+                hint = f": one of {', '.join(CHOICES[key])}" if key in CHOICES else ""
+                raise ValueError(f"{path}: grid {number}: no {key}{hint}")
+        grids.append(kind(**table))
     return tuple(grids)
 
 
@@ -359,11 +347,11 @@ def narrowed(
             grids = [
                 replace(grid, **{name: kept})
                 for grid in grids
-                if (kept := [v for v in _listed(getattr(grid, name)) if v in wanted])
+                if (kept := [v for v in listed(getattr(grid, name)) if v in wanted])
             ]
         if not grids:
             raise ValueError(f"the sweep has no {name} {' or '.join(wanted)}")
-    phases = {name for grid in grids for name in _listed(grid.phase)}
+    phases = {name for grid in grids for name in listed(grid.phase)}
     if "positions" in changes and "decode" not in phases:
         raise ValueError("positions are for phase decode, which the sweep does not have")
     if "lengths" in changes and phases == {"decode"}:
@@ -375,7 +363,7 @@ def narrowed(
     if changes.get("tokens") is not None:
         changes["batch"] = None
     if "archs" in changes and "size" not in changes:
-        wanted = _listed(changes.pop("archs"))
+        wanted = listed(changes.pop("archs"))
         found = [(grid, _archs_at_its_size(grid, wanted)) for grid in grids]
         grids = [replace(grid, archs=archs) for grid, archs in found if archs]
         if not grids:
@@ -386,8 +374,8 @@ def narrowed(
 
 def _archs_at_its_size(grid: Grid, archs: Sequence[str]) -> list[str]:
     """Those of other architectures that a grid may have: sizes with heads are of its own alone."""
-    with_heads = any(isinstance(size, str) and head_fields(size) for size in _listed(grid.size))
-    return [a for a in archs if a in _listed(grid.archs)] if with_heads else list(archs)
+    with_fields = any(isinstance(size, str) and width_fields(size) for size in listed(grid.size))
+    return [a for a in archs if a in listed(grid.archs)] if with_fields else list(archs)
 
 
 def _with_operations(grids: Iterable[Grid], wanted: Sequence[str]) -> list[Grid]:
@@ -399,7 +387,7 @@ def _with_operations(grids: Iterable[Grid], wanted: Sequence[str]) -> list[Grid]
     kept = [
         replace(grid, archs=archs)
         for grid in grids
-        if (archs := [a for a in _listed(grid.archs) if operations(a) & set(wanted)])
+        if (archs := [a for a in listed(grid.archs) if operations(a) & set(wanted)])
     ]
     if not kept:
         raise ValueError(f"no architecture of the sweep has op {' or '.join(wanted)}")
@@ -416,7 +404,7 @@ def cells(grids: Iterable[Grid], device: str = "cpu") -> list[Case]:
     found: dict[str, Case] = {}
     wanted: set[str] = set()
     for grid in grids:
-        wanted |= set(_listed(grid.implementation))
+        wanted |= set(listed(grid.implementation))
         for case in grid.cells(device):
             _validate(case)
             found[case.key] = case
@@ -462,10 +450,9 @@ def resolve_device(device: str) -> str:
 
 
 def _validate(case: Case) -> None:
-    from archs import block_class
     from archs.model import expand_pattern
 
-    for name in ("kind", "level", "phase", "dtype", "backend"):
+    for name in ("level", "phase", "dtype", "backend"):
         if getattr(case, name) not in CHOICES[name]:
             raise ValueError(unknown(name, getattr(case, name), CHOICES[name]))
     if case.phase not in PHASES[case.level]:
@@ -475,11 +462,17 @@ def _validate(case: Case) -> None:
     known = [AGAIN, *implementations()]
     if case.implementation not in known:
         raise ValueError(unknown("implementation", case.implementation, known))
-    names = expand_pattern(case.arch)
-    if case.kind == "loss":
-        _validate_training(case)
-    if len(names) > 1 and case.level != "model":
+    if len(expand_pattern(case.arch)) > 1 and case.level != "model":
         raise ValueError(f"the hybrid {case.arch!r} is measured at level model, not {case.level}")
+    check_buildable(case)
+
+
+def check_buildable(case: Case) -> None:
+    """ValueError where there is no model of a case's architecture and size."""
+    from archs import block_class
+    from archs.model import expand_pattern
+
+    names = expand_pattern(case.arch)
     blocks = [block_class(name) for name in names]
     what, number = parse_size(case.size)
     if what == "params":
@@ -490,39 +483,27 @@ def _validate(case: Case) -> None:
     elif number > MAX_WIDTH:
         raise ValueError(f"size {case.size[:20]}: no width above {MAX_WIDTH}")
     else:
-        heads = head_fields(case.size)
-        if heads and len(names) > 1:
+        fields = width_fields(case.size)
+        if fields and len(names) > 1:
             raise ValueError("a hybrid has heads of several kinds: give a width alone, as d256")
+        shape_of(case.arch, case.size)
         for name, block in zip(names, blocks, strict=True):
             try:
-                block.Config(width=number, **heads)
+                block.Config(width=number, **fields)
             except ValueError as error:
                 raise ValueError(f"{name} at size {case.size}: {error}") from None
             except TypeError:
-                raise ValueError(f"{name} has no heads: give a width alone, as d256") from None
+                lacks = "state size" if "d_state" in fields else "heads"
+                raise ValueError(f"{name} has no {lacks}: give a width alone, as d256") from None
 
 
-def _validate_training(case: Case) -> None:
-    wanted = {"steps", "learning_rate", "corpus"}
-    if case.level != "model" or case.phase != "train_step":
-        raise ValueError("a grid of kind loss has level model and phase train_step")
-    if set(case.options) != wanted:
-        raise ValueError(f"a grid of kind loss needs options {', '.join(sorted(wanted))}")
-    steps, rate = case.options["steps"], case.options["learning_rate"]
-    if not _is_whole(steps) or steps < 1:
-        raise ValueError(f"options.steps must be a whole number >= 1, got {steps!r}")
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not rate > 0:
-        raise ValueError(f"options.learning_rate must be a number > 0, got {rate!r}")
-    if case.options["corpus"] != "python-source":
-        raise ValueError(unknown("corpus", str(case.options["corpus"]), ["python-source"]))
-
-
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     """A list, whether one thing was given or several."""
     return list(value) if isinstance(value, list | tuple | range) else [value]
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, which True and False are not here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

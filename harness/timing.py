@@ -213,7 +213,7 @@ def observe_interleaved(
     generator = np.random.default_rng(seed)
     for function in functions.values():
         function()
-    cpu, start = _cpu_seconds(), time.perf_counter()
+    cpu, start = cpu_seconds(), time.perf_counter()
     reading, contract, calls = None, "single-calls", 1
     if device == "cuda":
         nvml.read()  # the first reading opens NVML, too slowly for the window
@@ -230,7 +230,7 @@ def observe_interleaved(
         "sample_count": rounds,
         "calls_per_sample": calls,
         "timing_contract": contract,
-        "foreign_load": _foreign_load(cpu, time.perf_counter() - start),
+        "foreign_load": foreign_load(cpu, time.perf_counter() - start),
         **({} if reading is None else reading._asdict()),
     }
     return {
@@ -304,11 +304,11 @@ def _excluded_means(rounds: int) -> int:
 def _window(function: Callable[[], object], device: str, min_time_s: float) -> _Window:
     """Time `function` once, watching memory and the machine."""
     live = memory.live_bytes(device)
-    cpu = _cpu_seconds()
+    cpu = cpu_seconds()
     start = time.perf_counter()
     timed = (_time_cuda if device == "cuda" else _time_cpu)(function, min_time_s)
     seconds = time.perf_counter() - start
-    foreign = _foreign_load(cpu, seconds)
+    foreign = foreign_load(cpu, seconds)
     leak = None
     if live is not None and (after := memory.live_bytes(device)) is not None:
         grown = after - live
@@ -334,14 +334,14 @@ def _time_cpu(function: Callable[[], object], min_time_s: float) -> _Timed:
     return _Timed([1e3 * t for t in times], block, "blocked_autorange", next(calls), None)
 
 
-def _foreign_load(before: tuple[float, float] | None, seconds: float) -> float | None:
+def foreign_load(before: tuple[float, float] | None, seconds: float) -> float | None:
     """How many of our cores' worth of CPU time others used in the last `seconds`."""
-    if before is None or (now := _cpu_seconds()) is None:
+    if before is None or (now := cpu_seconds()) is None:
         return None
     return max(0.0, (now[0] - before[0]) - (now[1] - before[1])) / seconds
 
 
-def _cpu_seconds() -> tuple[float, float] | None:
+def cpu_seconds() -> tuple[float, float] | None:
     """CPU time spent on our cores by anyone, and by this process and its ended children."""
     stat = Path("/proc/stat")
     if not stat.exists():

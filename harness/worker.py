@@ -16,9 +16,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from harness.ranks import Ranks
     from harness.record import Case
 
 PR_SET_PDEATHSIG = 1  # prctl.h
@@ -45,6 +46,7 @@ def main() -> None:
     faulthandler.enable()
     settings: dict[str, Any] = {}
     with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "w", encoding="utf-8") as answer:
+        settings["answer"] = answer
         for line in asked:
             request = json.loads(line)
             reply = ANSWERS[request.pop("verb")](settings, **request)
@@ -63,10 +65,12 @@ def die_with(parent: int) -> None:
 def _prepare(settings: dict[str, Any], device: str, threads: int | None) -> dict[str, Any]:
     """Set the process up once; reply with the environment it measures in."""
     from harness import timing
-    from harness.environment import environment
+    from harness.environment import FINGERPRINT, environment
 
     settings.update(timing.prepare_process(threads), device=device)
-    return {**environment(device), **timing.prepare_process(threads)}
+    found = {**environment(device), **timing.prepare_process(threads)}
+    settings["place"] = " ".join(str(found.get(name)) for name in FINGERPRINT)
+    return found
 
 
 def _ceilings(settings: dict[str, Any], dtypes: list[str]) -> dict[str, float]:
@@ -76,7 +80,12 @@ def _ceilings(settings: dict[str, Any], dtypes: list[str]) -> dict[str, float]:
 
 
 def _measure(
-    settings: dict[str, Any], case: dict[str, Any], ceilings: dict[str, float], energy: bool
+    settings: dict[str, Any],
+    case: dict[str, Any],
+    ceilings: dict[str, float],
+    energy: bool,
+    checkpoint: str,
+    checkpoint_every_s: float,
 ) -> dict[str, Any]:
     """Measure one cell; the fields of its record that come from here."""
     from harness import cost
@@ -86,11 +95,81 @@ def _measure(
     code = _code_hash(settings, asked)
     start = time.perf_counter()
     plans: dict[str, Any] = {}
-    result = attempt(
-        lambda: cost.measure(asked, settings["device"], ceilings, energy=energy, plans=plans)
-    )
+    if asked.kind == "cost":
+        result = attempt(
+            lambda: cost.measure(asked, settings["device"], ceilings, energy=energy, plans=plans)
+        )
+    else:
+        kept = {
+            "path": checkpoint,
+            "every_s": checkpoint_every_s,
+            "written_by": f"{asked.key} {code} {settings['place']}",
+        }
+        result = _trained(settings, asked, kept, plans)
     seconds = time.perf_counter() - start
     return {**result, "plans": plans, "code_hash": code, "cell_s": seconds}
+
+
+def _trained(
+    settings: dict[str, Any], asked: Case, kept: dict[str, Any], plans: dict[str, Any]
+) -> dict[str, Any]:
+    """What comes of a training run, here or in processes that share it; its checkpoint is gone."""
+    from harness import ranks
+
+    device, count = settings["device"], asked.options.get("ranks", 1)
+    if count > 1:
+        request = {"case": asked.asked(), "kept": kept, "device": device}
+        result = attempt(lambda: (ranks.launch(request, count), {}))
+        result = result["metrics"] if result["status"] == "ok" else result
+    else:
+        result = measured(asked, kept, ranks.Ranks(device), plans, _reporter(settings["answer"]))
+    if result["status"] in ("ok", "diverged"):  # a fault's is kept, to go on from
+        Path(kept["path"]).unlink(missing_ok=True)
+    return result
+
+
+def _reporter(answer: TextIO) -> Callable[[float], None]:
+    """Tells the supervisor the share of a run that is done, once a second at most."""
+    said = time.monotonic()
+
+    def report(share: float) -> None:
+        nonlocal said
+        if time.monotonic() - said >= 1:
+            said = time.monotonic()
+            print(json.dumps({"progress": share}), file=answer, flush=True)
+
+    return report
+
+
+def measured(
+    case: Case,
+    kept: dict[str, Any],
+    ranks: Ranks,
+    plans: dict[str, Any],
+    on_progress: Callable[[float], None],
+) -> dict[str, Any]:
+    """Status, reason, metrics and samples of a training run in this process.
+
+    Args:
+        case: of kind loss or recall.
+        kept: fields of `harness.training.Keeping`, the path as a string.
+        ranks: this process's place.
+        plans: takes what the operations' plans chose.
+        on_progress: called with the share of the run that is done.
+    """
+    from harness import cost, trial
+    from harness.plans import recorded
+    from harness.training import Keeping
+
+    def run() -> tuple[dict[str, Any], dict[str, Any]]:
+        cost.refuse_interpreter(case)
+        keeping = Keeping(**{**kept, "path": Path(kept["path"])})
+        with recorded(plans):
+            return trial.measure(
+                case, trial.Place(ranks=ranks, keeping=keeping, on_progress=on_progress)
+            )
+
+    return attempt(run)
 
 
 def _compare(
@@ -121,7 +200,7 @@ def _code_hash(settings: dict[str, Any], case: Case) -> str:
     from harness.environment import code_hash
 
     hashes = settings.setdefault("code_hashes", {})
-    what = case.arch, case.implementation, case.backend
+    what = case.arch, case.implementation, case.backend, case.kind
     return hashes.get(what) or hashes.setdefault(what, code_hash(*what))
 
 
@@ -152,7 +231,7 @@ def _status(error: Exception) -> str:
         return "diverged"
     if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
         return "oom"
-    return "error"
+    return "crashed" if type(error).__name__ == "RankDiedError" else "error"
 
 
 def _place(error: Exception) -> str:

@@ -13,15 +13,6 @@ from harness.worker import attempt
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 CEILINGS = {"copy_bytes_per_s": 1e15, "matmul_flops_per_s_float32": 1e15, "exp2_per_s": 1e15}
-LOSS = Grid(
-    kind="loss",
-    level="model",
-    phase="train_step",
-    lengths=(32,),
-    batch=2,
-    size="300K",
-    options={"steps": 12, "learning_rate": 3e-3, "corpus": "python-source"},
-)
 
 
 def case(**changes):
@@ -49,17 +40,16 @@ def swept(tmp_path_factory):
         Grid(level="op", phase="forward", lengths=(64, 128), size="d64"),
         Grid(level="block", phase="train_step", lengths=(64,), size="d64"),
         Grid(level="model", phase="decode", positions=(10, 50), size="d64"),
-        LOSS,
     ]
     return out, sweep.cells(grids), cost.run(sweep.cells(grids), out)
 
 
 def test_every_cell_is_measured_and_recorded(swept):
     out, cells, table = swept
-    assert table["status"].tolist() == ["ok"] * len(cells) == ["ok"] * 24
+    assert table["status"].tolist() == ["ok"] * len(cells) == ["ok"] * 20
     assert set(table["key"]) == {c.key for c in cells}
     assert len(list((out / "records").glob("*.json"))) == len(cells)
-    timed = table[table["kind"] == "cost"]
+    timed = table
     assert (timed["time_ms_p20"] <= timed["time_ms_p50"]).all()
     assert (timed["time_ms_p50"] > 0).all()
     assert (timed[timed["level"] == "op"]["relative_error"] < 1e-5).all()
@@ -72,18 +62,9 @@ def test_the_csv_holds_the_same_table(swept):
     assert again["time_ms_p50"].tolist() == pytest.approx(table["time_ms_p50"], nan_ok=True)
 
 
-def test_losses_on_real_bytes_fall(swept):
-    _, _, table = swept
-    runs = table[table["kind"] == "loss"]
-    assert sorted(runs["arch"]) == sorted(ARCHS)
-    assert (runs["train_loss_bits_per_byte_first"] > 7).all()
-    assert (runs["train_loss_bits_per_byte_last"] < 6.5).all()
-    assert (runs["val_loss_bits_per_byte"] < 6.8).all()
-
-
 def test_times_and_counts_are_complete(swept):
     _, _, table = swept
-    timed = table[table["kind"] == "cost"]
+    timed = table
     assert (timed[timed["phase"] == "train_step"]["peak_bytes"] > 0).all()
     for name in ("state_bytes", "work_flops", "floor_bytes", "roofline_fraction"):
         assert (timed[name] > 0).all(), name
@@ -172,10 +153,9 @@ def test_tables_show_every_architecture_and_exponent(swept):
         console.print(table)
     text = console.export_text()
     for arch in ARCHS:
-        assert text.count(arch) == 4
+        assert text.count(arch) == 3
     first = cells[(cells["level"] == "op") & (cells["arch"] == "mamba2")]["time_ms_p50"].tolist()
     assert f"{math.log2(first[1] / first[0]):.2f}" in text
-    assert "bits a byte" in text
 
 
 def test_tables_show_where_a_curve_ends(swept):

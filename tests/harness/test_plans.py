@@ -10,6 +10,7 @@ from archs.ops import long_conv, short_conv, ssd
 from harness import cost, record, sweep, timing, versus, worker
 from harness.environment import code_hash
 from harness.plans import recorded
+from harness.ranks import Ranks
 from harness.record import AGAIN, OURS, Case
 from harness.run import Launcher, Settings
 from harness.timing import Observation
@@ -103,15 +104,19 @@ def test_a_cell_records_its_plans_and_is_timed_without(level, phase, two_segment
 
 
 @interpreted
-def test_a_training_run_records_its_plans(two_segments, monkeypatch):
+def test_a_training_run_records_its_plans(two_segments, monkeypatch, tmp_path):
     def train(model, *arguments, **options):
         model(torch.zeros(1, 9).int())
+        raise FloatingPointError("enough")
 
-    monkeypatch.setattr("harness.loss.train", train)
-    options = {"steps": 1, "learning_rate": 1e-3, "corpus": "python-source"}
-    asked = case("model", "train_step", kind="loss", options=options)
+    monkeypatch.setattr("harness.training.train", train)
+    monkeypatch.setattr(cost, "refuse_interpreter", lambda case: None)
+    settings = {"task": "parity", "settings": {}, "steps": 1, "stop_at": 1, "learning_rate": 1e-3}
+    asked = case("model", "train_step", kind="recall", options=settings)
+    kept = {"path": str(tmp_path / "none"), "every_s": 60, "written_by": ""}
     plans = {}
-    assert attempt(lambda: cost.measure(asked, "cpu", {}, plans=plans))["status"] == "error"
+    found = worker.measured(asked, kept, Ranks("cpu"), plans, lambda share: None)
+    assert (found["status"], found["reason"]) == ("diverged", "FloatingPointError: enough")
     assert plans == {"ssd": [{"segments": 2}]}
 
 
@@ -121,7 +126,14 @@ def test_a_cell_that_goes_wrong_keeps_its_plans(two_segments, monkeypatch):
     monkeypatch.setattr(ssd, "ssd_triton", lambda *a: (lambda y, state: (2 * y, state))(*right(*a)))
     answer = worker.ANSWERS["measure"]
     settings = {"device": "cpu"}
-    found = answer(settings, case=case().asked(), ceilings=CEILINGS, energy=False)
+    found = answer(
+        settings,
+        case=case().asked(),
+        ceilings=CEILINGS,
+        energy=False,
+        checkpoint="",
+        checkpoint_every_s=60,
+    )
     assert found["status"] == "wrong"
     assert found["plans"] == {"ssd": [{"segments": 2}]}
     assert found["code_hash"] == code_hash("mamba2", OURS, "triton")
@@ -161,7 +173,7 @@ def test_a_record_holds_the_plans_of_kernels_and_of_nothing_else():
 
 @pytest.mark.parametrize(
     "asked",
-    [case(), case("block"), case("model", "decode"), case("model", "train_step", kind="loss")]
+    [case(), case("block"), case("model", "decode"), case("model", "train_step")]
     + [case(backend="torch", implementation=name) for name in ("mamba_ssm", "fla")],
     ids=lambda asked: asked.label,
 )

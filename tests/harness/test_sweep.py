@@ -103,7 +103,6 @@ def test_types_and_backends_are_resolved_when_the_cells_are_made():
     assert (on_cpu.dtype, on_cpu.backend) == ("float32", "torch")
     assert (on_gpu.dtype, on_gpu.backend) == ("bfloat16", "triton")
     quick = sweep.cells(sweep.preset("quick"), "cuda")  # what make demo measures
-    assert {c.dtype for c in quick if c.kind == "loss"} == {"float32"}
     assert {(c.arch, c.backend) for c in quick} == {(arch, "triton") for arch in sweep.ARCHS}
 
 
@@ -132,8 +131,6 @@ def test_the_quick_preset_covers_what_it_promises():
             assert lengths == [256, 512, 1024, 2048, 4096, 8192, 16384]
         assert len({c.seq_len for c in mine if c.level == "block"}) >= 4  # enough for a fit
         assert len([c for c in mine if c.phase == "decode"]) >= 4
-        (loss,) = [c for c in mine if c.kind == "loss"]
-        assert loss.options["steps"] == 30
 
 
 @pytest.mark.parametrize(
@@ -146,7 +143,6 @@ def test_the_quick_preset_covers_what_it_promises():
         ({"size": "d100"}, "transformer at size d100: width must be a multiple of head_dim"),
         ({"tokens": 100}, "not a multiple of length 64"),
         ({"tokens": 64, "batch": 1}, "not both"),
-        ({"kind": "loss"}, "kind loss has level model"),
         ({"replicates": 0}, "replicates must be a whole number >= 1"),
         ({"lengths": "64"}, "lengths must be whole numbers >= 1, got '64'"),
         ({"lengths": [True]}, ">= 1, got True"),
@@ -207,29 +203,6 @@ def test_binary_files_are_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):
         sweep.load(path)
-
-
-def test_training_grids_need_their_options():
-    grid = Grid(kind="loss", level="model", phase="train_step", lengths=64, options={"steps": 1})
-    with pytest.raises(ValueError, match="corpus, learning_rate, steps"):
-        sweep.cells([grid])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 0}, "steps must be"),
-        ({"steps": "x"}, "steps must be"),
-        ({"learning_rate": -1}, "learning_rate must be"),
-        ({"learning_rate": float("nan")}, "finite"),
-        ({"corpus": "pyton-source"}, "did you mean 'python-source'"),
-    ],
-)
-def test_training_options_are_checked(change, message):
-    options = {"steps": 1, "learning_rate": 1e-3, "corpus": "python-source", **change}
-    grid = Grid(kind="loss", level="model", phase="train_step", lengths=64, options=options)
-    with pytest.raises(ValueError, match=message):
-        sweep.cells([grid])
 
 
 @pytest.mark.parametrize("arch", sweep.ARCHS)

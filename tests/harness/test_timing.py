@@ -127,7 +127,7 @@ def test_busy_time_counts_our_cores_and_neither_idle_nor_guests_twice():
 
 def test_own_time_is_not_foreign(monkeypatch):
     clock = iter([(100.0, 7.0), (102.0, 8.5)])  # 2 s on our cores, 1.5 s of them ours
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda: next(clock))
+    monkeypatch.setattr(timing, "cpu_seconds", lambda: next(clock))
     window = timing._window(lambda: time.sleep(0.02), "cpu", 0.01)
     assert window.foreign_load == pytest.approx(0.5 / window.seconds)
 
@@ -139,7 +139,7 @@ def test_own_work_counts_as_own():
         while time.perf_counter() < deadline:
             pass
 
-    (_, before), _, (_, after) = timing._cpu_seconds(), clock(), timing._cpu_seconds()
+    (_, before), _, (_, after) = timing.cpu_seconds(), clock(), timing.cpu_seconds()
     assert 0.02 < after - before < 0.25
 
 
@@ -209,7 +209,7 @@ def test_the_state_of_the_device_is_in_the_metrics(monkeypatch):
 
 def test_without_proc_there_are_reasons_and_no_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda: None)
+    monkeypatch.setattr(timing, "cpu_seconds", lambda: None)
     metrics, _ = timing.observe(nothing, min_time_s=0.001, energy=True)
     for name in ("peak_bytes", "leak_bytes_per_call", "foreign_load", "energy_mj_per_call"):
         assert metrics[name] is None, name
