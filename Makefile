@@ -18,9 +18,13 @@ demo: $(VENV)/installed
 	  echo "== no NVIDIA GPU: measuring on the CPU, about four minutes on two cores"; fi
 	@echo "== measuring (records go to $(OUT)/records; the same command resumes)"
 	$(BIN)/seqscale cost --preset quick --out $(OUT)
+	@echo "== training"
+	$(BIN)/seqscale loss --preset demo --out $(OUT)-loss
 	@echo "== fitting and drawing"
+	$(BIN)/seqscale plot $(OUT)-loss
 	$(BIN)/seqscale plot $(OUT)
 	@echo "== cells: $(OUT)/cells.csv   figures: $(OUT)/figures   table: $(OUT)/figures/summary.md"
+	@echo "== losses: $(OUT)-loss/cells.csv   figures: $(OUT)-loss/figures"
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

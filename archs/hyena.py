@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archs.block import Block, BlockConfig, BlockOutput, Carry, parameter_bytes, recurrent_dtype
-from archs.ops import Backend
+from archs.ops import Backend, in_its_own_types
 from archs.ops.long_conv import long_conv, long_conv_step, long_conv_step_triton
 from archs.ops.long_conv_lazy import DIRECT_TILE, add_tiles, long_conv_lazy_step, tile_filter
 from archs.ops.short_conv import short_conv
@@ -152,13 +152,18 @@ class HyenaFilter(nn.Module):
         t, h = positional_features(
             length, config.max_len, config.filter_features, self.frequency.device, self.dtype
         )
+        filters = self._features_to_filters(h)  # ((N-1) D, length)
+        window = torch.outer(window_rates(config, t), -t).exp_().add_(config.window_shift)
+        return (filters * window).unflatten(0, (config.order - 1, config.width))
+
+    @in_its_own_types
+    def _features_to_filters(self, h: Tensor) -> Tensor:
+        """The FFN: positions' features (length, features) to ((N-1) D, length)."""
         layers: list[Any] = [self.input, *self.inner]
         for layer in layers:
             pre = F.linear(h, layer.weight.to(self.dtype), layer.bias.to(self.dtype))
             h = torch.sin(self.frequency.to(self.dtype) * pre)  # (length, filter width)
-        filters = self.output.weight.to(self.dtype) @ h.T  # ((N-1) D, length)
-        window = torch.outer(window_rates(config, t), -t).exp_().add_(config.window_shift)
-        return (filters * window).unflatten(0, (config.order - 1, config.width))
+        return self.output.weight.to(self.dtype) @ h.T
 
     def reversed_taps(self, length: int, *, record: bool) -> Tensor:
         """Taps length - 1 to 0, (N-1, D, length).

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -58,17 +58,20 @@ def read(path: Path, written_by: str) -> tuple[dict[str, Tensor], dict[str, Any]
             if about["written_by"] != written_by:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         return None
 
 
 def tensors_of(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name, whole and on the CPU; collective where weights are cut up."""
+    """Weights and moments by name, whole and on the CPU; collective where weights are cut up.
+
+    Parameters that no gradient has reached have no moments.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         found[f"weight.{name}"] = _whole(parameter)
-        for moment in MOMENTS:
-            found[f"{moment}.{name}"] = _whole(optimiser.state[parameter][moment])
+        for moment, value in optimiser.state.get(parameter, {}).items():
+            found[f"{moment}.{name}"] = _whole(value)
     return found
 
 
@@ -79,11 +82,13 @@ def restore(
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(_like(tensors[f"weight.{name}"], parameter))
+            if f"step.{name}" not in tensors:
+                continue
             optimiser.state[parameter] = {
                 "step": tensors[f"step.{name}"].clone(),
                 **{
                     moment: _like(tensors[f"{moment}.{name}"], parameter).clone()
-                    for moment in MOMENTS[1:]
+                    for moment in MOMENTS
                 },
             }
 

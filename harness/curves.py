@@ -149,7 +149,8 @@ def origin(part: pd.DataFrame) -> str:
     return (
         f"{named(part, 'device')}, {named(part, 'threads')} threads · "
         f"torch {named(part, 'torch')} · Python {named(part, 'python')} · "
-        f"commit {', '.join(commits)}{dirty} · seqscale cost, seqscale plot"
+        f"commit {', '.join(commits)}{dirty} · "
+        f"seqscale {named(part, 'kind')}, seqscale plot"
     )
 
 

@@ -6,6 +6,7 @@ too. Everything fits 6.9 inches, the text width of a two-column page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,18 +17,19 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness import fit
 from harness.curves import Comparison, Curve
 from harness.laws import LAWS, positive_terms
-from harness.record import Measurement
 from harness.summary import NAMES
-from harness.sweep import in_order
 
 WIDTH = 6.9  # inches
-LEGEND_TOP = 0.96  # of the figure's height: the title is above
+HEIGHT = 3.6  # inches, of a figure with one row of panels
+FURTHER_ROW = 2.2  # inches
+LEGEND_BELOW = 0.144  # inches from the top: the title is above
 SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "seqscale",
     "svg.fonttype": "none",
@@ -59,7 +61,7 @@ MIB = 2**20
 
 def time(comparison: Comparison) -> Figure:
     """Time a sequence with tails, reference slopes and crossovers; time a token."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     for curve, style in _styled(comparison):
         _points(left, curve, style, curve.times, _tail_label(curve))
         _points(right, curve, style, 1e3 * curve.times / np.array(curve.lengths))
@@ -72,7 +74,7 @@ def time(comparison: Comparison) -> Figure:
 
 def exponent(comparison: Comparison) -> Figure:
     """The local exponent of the time between neighbouring lengths, and that of the count."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     drawn = [(curve, style) for curve, style in _styled(comparison) if len(curve.lengths) > 1]
     for i, (curve, style) in enumerate(drawn):
         slopes = fit.local_exponents(curve.lengths, curve.ms)
@@ -91,13 +93,13 @@ def exponent(comparison: Comparison) -> Figure:
     axes.plot([], [], color="0.5", lw=3, alpha=0.4, label=f"counted {_decides(comparison)}")
     axes.set_ylabel("local exponent of the time")
     _length_axis(axes, comparison)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def memory(comparison: Comparison) -> Figure:
     """Peak memory of the batch, and state bytes of a sequence."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     for curve, style in _styled(comparison):
         batches = comparison.part.groupby(comparison.along)["batch"].first()
         batch = np.array([float(batches[n]) for n in curve.lengths])
@@ -109,53 +111,51 @@ def memory(comparison: Comparison) -> Figure:
 
 def decode(comparison: Comparison) -> Figure:
     """Time a token and state bytes against the position in the sequence."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     for curve, style in _styled(comparison):
         _points(left, curve, style, curve.times, _name(curve))
         right.plot(curve.lengths, curve.cells["state"] / MIB, **style)
     return _finished(figure, comparison, "time a token, ms", "state a sequence, MiB")
 
 
-def losses(runs: Sequence[Measurement]) -> Figure:
-    """The training loss of every step."""
-    figure, (axes,) = _panels(1)
-    order = in_order(run.case.arch for run in runs)
-    styles = _styles(order)
-    for run in sorted(runs, key=lambda run: order.index(run.case.arch)):
-        values = run.samples["train_loss_bits_per_byte"]
-        params = float(run.metrics["params"] or 0) / 1e6
-        label = f"{NAMES.get(run.case.arch, run.case.arch)}, {params:.3f} M parameters"
-        steps = range(1, 1 + len(values))
-        axes.plot(steps, values, label=label, markevery=10, **styles[run.case.arch])
-    case = runs[0].case
-    axes.set_xlabel(f"training step ({case.batch} sequences of {case.seq_len} bytes each)")
-    axes.set_ylabel("training loss, bits a byte")
-    _legend(figure, axes)
-    return figure
-
-
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
     """A figure with room above for title and legend and below for a footer."""
-    figure, axes = plt.subplots(1, count, figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    size = (WIDTH, HEIGHT + (rows - 1) * FURTHER_ROW)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    found = list(axes.flat)
+    for empty in found[count:]:
+        empty.remove()
+    return figure, found[:count]
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """One legend for all panels, above them, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend(figure: Figure, *drawn: Axes) -> None:
+    """One legend for all panels, above them, where it hides nothing; each label once."""
+    shown: dict[str, Any] = {}
+    for axes in drawn:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    labels, handles = list(shown), list(shown.values())
     order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("counted"))
-    columns = 5 if max(map(len, labels)) < 16 else 2
+    longest = max(map(len, labels))
+    columns = 5 if longest < 16 else 3 if longest < 28 else 2
     figure.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
         loc="upper center",
-        bbox_to_anchor=(0.5, LEGEND_TOP),
+        bbox_to_anchor=(0.5, 1 - LEGEND_BELOW / figure.get_figheight()),
         ncols=columns,
     )
 
 
 def _name(curve: Curve) -> str:
-    name = NAMES.get(curve.arch, curve.arch)
+    return label_of(curve.arch)
+
+
+def label_of(arch: str) -> str:
+    """The name of an architecture in a legend."""
+    name = NAMES.get(arch, arch)
     return f" {name}" if name.startswith("_") else name  # a legend leaves out what starts so
 
 
@@ -172,7 +172,7 @@ def _decides(comparison: Comparison) -> str:
     return "bytes" if comparison.along == "position" else "FLOPs"
 
 
-def _styles(archs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def styles_of(archs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A style for each architecture; those outside the menu share out what is left, in order."""
     others = [arch for arch in archs if arch not in STYLES]
     spare = {arch: OTHER_STYLES[i % len(OTHER_STYLES)] for i, arch in enumerate(others)}
@@ -180,7 +180,7 @@ def _styles(archs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _styled(comparison: Comparison) -> list[tuple[Curve, dict[str, Any]]]:
-    styles = _styles([curve.arch for curve in comparison.curves])
+    styles = styles_of([curve.arch for curve in comparison.curves])
     return [(curve, styles[curve.arch]) for curve in comparison.curves if curve.lengths]
 
 
@@ -250,34 +250,44 @@ def _finished(figure: Figure, comparison: Comparison, *labels: str) -> Figure:
     for axes, label in zip(figure.axes, labels, strict=True):
         axes.set_ylabel(label)
         _logarithmic(axes, comparison)
-    _legend(figure, figure.axes[0])
+    legend(figure, figure.axes[0])
     return figure
 
 
 def _logarithmic(axes: Axes, comparison: Comparison) -> None:
     axes.set_yscale("log")
     _length_axis(axes, comparison)
-    low, high = axes.get_ylim()
-    decades = np.log10(high / low)
-    subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    mark_logarithmic(axes.yaxis, axes.get_ylim())
     _censored(axes, comparison)
 
 
+def mark_logarithmic(axis: Axis, limits: tuple[float, float]) -> None:
+    """Round numbers on a logarithmic axis between two values, the fewer the more it spans."""
+    low, high = limits
+    decades = np.log10(high / low)
+    subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _length_axis(axes: Axes, comparison: Comparison) -> None:
+    decoding = comparison.along == "position"
+    label = "position, tokens already read" if decoding else "sequence length T, tokens"
+    length_axis(axes, comparison.lengths, label)
+
+
+def length_axis(axes: Axes, lengths: Sequence[float], label: str) -> None:
+    """A horizontal axis by powers of two with these lengths on it."""
     axes.set_xscale("log", base=2)
-    lengths = comparison.lengths
     axes.set_xticks(lengths, [f"{int(n):,}" for n in lengths], rotation=30, ha="right")
     axes.minorticks_off()
-    decoding = comparison.along == "position"
-    axes.set_xlabel("position, tokens already read" if decoding else "sequence length T, tokens")
+    axes.set_xlabel(label)
 
 
 def _censored(axes: Axes, comparison: Comparison) -> None:
     """At the top, lengths that have no value, and why: the curve ends there."""
-    styles = _styles([curve.arch for curve in comparison.curves])
+    styles = styles_of([curve.arch for curve in comparison.curves])
     transform = axes.get_xaxis_transform()
     ends = [curve for curve in comparison.curves if curve.censored]
     for row, curve in enumerate(ends):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ import pandas as pd
 from scipy.stats import t
 
 from harness import curves, record, report
+from harness.laws import Array
 from harness.loss_laws import FEWEST_SEEDS, Interval
 from harness.points import CONFIDENCE
 from harness.record import CANONICAL, Measurement
@@ -191,18 +193,30 @@ class Study:
     def points(self) -> list[Point]:
         """By size, task settings and length; architectures side by side, by menu."""
         found = []
-        for values, part in self.runs.groupby(list(POINT), sort=False, dropna=False):
-            arch, size, seq_len, batch, _ = values
+        for _, part in self.runs.groupby(list(POINT), sort=False, dropna=False):
+            case = part.iloc[0].to_dict()
             rates = part.groupby("learning_rate", sort=True, dropna=False)
-            settings = json.loads(part["settings"].iloc[0])
-            grid = tuple(Rate(float(str(rate)), of_rate) for rate, of_rate in rates)
-            found.append(Point(self.kind, arch, size, int(seq_len), int(batch), settings, grid))
+            found.append(
+                Point(
+                    kind=self.kind,
+                    arch=str(case["arch"]),
+                    size=str(case["size"]),
+                    seq_len=int(case["seq_len"]),
+                    batch=int(case["batch"]),
+                    settings=json.loads(case["settings"]),
+                    rates=tuple(Rate(float(str(rate)), of_rate) for rate, of_rate in rates),
+                )
+            )
         order = in_order(point.arch for point in found)
-        sizes = list(dict.fromkeys(self.runs["size"]))
-        group = {size: 0 if self.kind == "loss" else sizes.index(size) for size in sizes}
+        sizes = list(dict.fromkeys(model_size(size) for size in self.runs["size"]))
         return sorted(
             found,
-            key=lambda p: (group[p.size], _rank(p.settings), p.seq_len, order.index(p.arch)),
+            key=lambda p: (
+                0 if self.kind == "loss" else sizes.index(model_size(p.size)),
+                p.seq_len,
+                _rank(p.settings),
+                order.index(p.arch),
+            ),
         )
 
     @property
@@ -214,6 +228,20 @@ class Study:
     def lengths(self) -> list[int]:
         """Every T that was trained at and finished."""
         return sorted({point.seq_len for point in self.finished})
+
+    def samples_of(self, point: Point, *names: str) -> list[list[Array]]:
+        """These samples of each seed at the best rate, in order; a run that lacks one is left out.
+
+        Returns, for each run, an array for each name.
+        """
+        if point.best is None:
+            return []
+        found = [self.samples.get(key, {}) for key in point.best.finished["key"]]
+        return [
+            [np.asarray(of_run[name], dtype=float) for name in names]
+            for of_run in found
+            if all(of_run.get(name) for name in names)
+        ]
 
     @property
     def archs(self) -> list[str]:
@@ -238,6 +266,12 @@ class Study:
         return float(known.iloc[0]) if len(known) else None
 
     @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing; None where the points differ in it, or none finished."""
+        known = set(self.runs["chance"].dropna())
+        return float(known.pop()) if len(known) == 1 else None
+
+    @property
     def title(self) -> str:
         """One line."""
         common = self.common
@@ -245,19 +279,21 @@ class Study:
         if self.kind == "loss":
             said = (
                 f"Language models on {common['corpus']}, by {common['unit']}: {said_size(self)}, "
-                f"{common['tokens']:,.0f} tokens, {where}"
+                f"{report.number(common['tokens'])} tokens, {where}"
             )
             entropy = self.bigram_entropy
             if entropy is not None:
                 said += f"; bigram entropy of the validation text {entropy:.2f} bits a byte"
             return said
         fixed = [
-            f"{name} {value}"
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in self.points[0].settings.items()
             if name not in self.varying
         ]
         settings = f" ({', '.join(fixed)})" if fixed else ""
-        return f"Task {common['task']}{settings}: at most {common['steps']:,.0f} steps, {where}"
+        steps = f"at most {report.number(common['steps'])} steps"
+        said = f"Task {common['task']}{settings}: {steps}, {where}"
+        return said if self.chance is None else f"{said}; chance {self.chance:.3f}"
 
     @property
     def origin(self) -> str:
@@ -286,7 +322,8 @@ def runs(cells: pd.DataFrame) -> pd.DataFrame:
     part = part.assign(**added)
     for name in {*METRICS, *VALUE.values()} - {*part.columns}:  # no run reached it
         part[name] = math.nan
-    part["tokens"] = part["steps"].astype(float) * part["batch"] * part["seq_len"]
+    part["steps"] = part["steps"].astype(float)
+    part["tokens"] = part["steps"] * part["batch"] * part["seq_len"]
     values = [row[VALUE[str(row["kind"])]] for row in part.to_dict("records")]
     finished = part["status"] == DONE
     part["value"] = pd.Series(values, index=part.index, dtype=float).where(finished)
@@ -398,6 +435,15 @@ def size_in_words(size: str) -> str:
     return f"width {match['width']}" if size == f"d{match['width']}" else f"size {size}"
 
 
+def model_size(size: str) -> str:
+    """A size in words, whatever heads and states it has: "d64n16" is "width 64"."""
+    match = WIDTH.fullmatch(size)
+    if match is None:
+        return size_in_words(size)
+    depth = f", {match['depth']} blocks" if match["depth"] else ""
+    return f"width {match['width']}{depth}"
+
+
 def _identity(study: Study, point: Point) -> dict[str, Any]:
     own = {"arch": point.arch, "size": point.size, "seq_len": point.seq_len, "batch": point.batch}
     return {"kind": study.kind, **study.common, **own, **point.settings}
@@ -417,8 +463,8 @@ def _rank(settings: Mapping[str, Any]) -> list[tuple[bool, float, str]]:
 
 
 def _counted(part: pd.DataFrame) -> str:
-    failed = part[part["value"].isna()]["status"].value_counts()
-    return ", ".join(f"{count} {status}" for status, count in failed.items())
+    failed = Counter(part[part["value"].isna()]["status"])
+    return ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
 
 
 def _matched(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -18,6 +18,7 @@ from harness.loss_laws import (
     loss_law,
 )
 from harness.points import TooFewPointsError
+from harness.report import number
 from harness.sweep import in_order
 
 FEWEST = 4  # points of a law with a floor
@@ -167,7 +168,7 @@ def _said(study: Study, *names: str, point: Point | None = None) -> str:
     common = study.common
     words = {
         "size": str(point.size if point else common["size"]),
-        "tokens": f"{common['tokens']:,.0f} tokens",
+        "tokens": f"{number(common['tokens'])} tokens",
         "T": f"T = {point.seq_len:,}" if point else "",
     }
     return ", ".join(words[name] for name in names)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from harness.learned import Point, Rate, Study
 from harness.learned_laws import Fitted, laws
@@ -15,11 +16,12 @@ from harness.summary import NAMES
 
 # What a reader of the tables must know.
 LEGEND = (
-    "A point is what differs in learning rate and seed only, and stands for its best rate: the best "
-    "mean over seeds, of the rates at which no seed diverged, where there is one. Interval: 95 %, "
-    f"Student's t over seeds, not available under {FEWEST_SEEDS}; it does not hold what choosing "
-    "the best rate on the same seeds adds. Edge of the grid: no rate beyond the best was tried, so "
-    "a better one may exist. Law: loss = E + A x^-alpha, x the context length, parameters or tokens."
+    "A point is what differs in learning rate and seed only, and stands for its best rate: the "
+    "best mean over seeds, of the rates at which no seed diverged, if any (0.005 of 3: the best of "
+    f"three). Interval: 95 %, Student's t over seeds, not available under {FEWEST_SEEDS}; it does "
+    "not hold what choosing the best rate on the same seeds adds. Edge of the grid: no rate beyond "
+    "the best was tried, so a better one may exist. Laws: loss = E + A x^-alpha, x being the "
+    "training length, the parameters or the tokens."
 )
 WHAT = {"loss": "validation loss", "recall": "accuracy"}
 LAW_HEADER = (
@@ -29,7 +31,7 @@ LAW_HEADER = (
     "points",
     "floor E, bits a byte",
     "alpha",
-    "not determined",
+    "flags",
 )
 COMPUTE_HEADER = ("architecture", "at", "training FLOPs", "parameters at the least loss", "flags")
 Made = tuple[str, list[str], list[list[str]]]  # title, header, rows
@@ -60,11 +62,12 @@ def markdown(found: Sequence[Study]) -> str:
 
 
 def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    """As text, not markup: a corpus may be a glob with brackets."""
+    table = Table(title=Text(title), title_justify="left")
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "architecture")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -119,10 +122,10 @@ def _measured(study: Study) -> Columns:
     else:
         columns["accuracy"] = lambda p: _decimals(p.interval.value)
         columns["95 % interval"] = lambda p: _range(p.interval)
-        columns["chance"] = lambda p: _decimals(p.mean_of("chance"))
+        if study.chance is None:
+            columns["chance"] = lambda p: _decimals(p.mean_of("chance"))
     columns["seeds"] = lambda p: str(len(p.best.values) if p.best else 0)
     columns["best rate"] = _best_rate
-    columns["rates tried"] = lambda p: str(len(p.tried))
     if any(point.unfinished for point in study.points):
         columns["not finished"] = lambda p: p.unfinished or "-"
     if study.kind == "recall":
@@ -137,15 +140,15 @@ def _best_rate(point: Point) -> str:
     if point.best is None:
         return "-"
     rate = f"{point.best.learning_rate:g}"
-    return f"{rate} ({point.edge})" if point.edge else rate
+    if len(point.tried) > 1:
+        rate += f" of {len(point.tried)}"
+    return f"{rate}, {point.edge}" if point.edge else rate
 
 
 def _of_rates(point: Point, rates: Sequence[float]) -> list[str]:
     """A cell for each rate: the mean and of how many seeds, and what did not finish."""
     own = {rate.learning_rate: rate for rate in point.rates}
-    return [
-        _of_rate(own[rate], best=own[rate] is point.best) if rate in own else "" for rate in rates
-    ]
+    return [_of_rate(own[r], best=own[r] is point.best) if r in own else "" for r in rates]
 
 
 def _of_rate(rate: Rate, *, best: bool) -> str:

@@ -21,7 +21,7 @@ from harness.training import Recipe, Trained, nats
 from harness.trial import Metrics, Place, Samples, accounted, build_model, observed
 
 LOOKS = 8  # at the validation loss on the way, evenly spread, the end included
-LOOKED_AT = 1 << 14  # tokens of such a look
+LOOKED_AT = 1 << 14  # tokens of such a look, from all over the validation text
 AT_ONCE = 1 << 14  # tokens of a forward pass without gradients
 BINS_AN_OCTAVE = 4  # of the loss by position
 
@@ -33,7 +33,7 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
 
     Raises:
         ValueError: the corpus has too little text for the case, or is no corpus.
-        FloatingPointError: the run diverged.
+        FloatingPointError: the run diverged, or its model's loss at a length is no number.
         OSError: a file of the corpus cannot be read, or a checkpoint not written.
     """
     options, length = case.options, case.seq_len or 0
@@ -42,7 +42,8 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
     block, tokens = options["validation_block"], options["validation_tokens"]
     data.check(corpus, [length], block, tokens)
     windows = {n: corpus.validation_windows(n, tokens, block) for n in sorted(set(lengths))}
-    inputs, targets = (part[: max(1, LOOKED_AT // length)] for part in windows[length])
+    apart = max(1, len(windows[length][0]) * length // LOOKED_AT)
+    inputs, targets = (part[::apart] for part in windows[length])
     steps = options["steps"]
     found: dict[int, Tensor] = {}
     counted: dict[str, int] = {}
@@ -71,6 +72,9 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
             on_step=lambda step: place.on_progress(step / steps),
         )
         found.update({n: by_place(model, windows[n], place, recipe) for n in windows})
+        for n, losses in found.items():
+            if not losses.isfinite().all():
+                raise FloatingPointError(f"the validation loss is {losses.mean()} at T = {n}")
         counted.update(accounted(model, case))
         return done
 

@@ -11,10 +11,21 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from harness import curves, figures, record, report, summary
+from harness import (
+    curves,
+    figures,
+    learned,
+    learned_figures,
+    learned_tables,
+    record,
+    report,
+    summary,
+)
 from harness.curves import Comparison
+from harness.learned import Study
 from harness.record import Damaged
 
+LONGEST = 40  # characters of one thing in a file's name
 FOOTER_WIDTH = 165  # characters of its small print across a figure
 LEVELS = {"op": "sequence operation", "block": "one block", "model": "whole model"}
 PHASES = {
@@ -33,8 +44,9 @@ class NothingToDrawError(Exception):
 class Drawn(NamedTuple):
     """What was drawn of a run, and what it says."""
 
-    paths: list[Path]  # an SVG and a PNG a figure, and summary.md
+    paths: list[Path]  # an SVG and a PNG a figure, summary.md and learned.md
     found: list[Comparison]
+    studies: list[Study]
 
 
 def draw(
@@ -66,26 +78,25 @@ def draw(
     out = out or (source if source.is_dir() else source.parent) / "figures"
     found = curves.comparisons(cells, measurements)
     drawable = [c for c in found if any(curve.lengths for curve in c.curves)]
-    runs = [m for m in measurements if m.case.kind == "loss" and m.status == "ok"]
-    if not drawable and not runs:
+    studies = learned.studies(cells, measurements)
+    if not drawable and not any(study.finished for study in studies):
         raise NothingToDrawError(f"{source} holds no finished cell to draw")
     paths: list[Path] = []
     with plt.rc_context(figures.SETTINGS):
         for name, comparison in zip(_file_names(drawable), drawable, strict=True):
             paths += _draw(comparison, out / name)
-        for size in dict.fromkeys(run.case.size for run in runs):
-            said = "Loss of each training step, in bits, on the bytes of that step. One run each."
-            part = cells[(cells["kind"] == "loss") & (cells["size"] == size)]
-            paths += _save(
-                figures.losses([run for run in runs if run.case.size == size]),
-                out / f"training_loss_{size}",
-                f"Training on real bytes: {_size(size)}",
-                f"{said}\n{curves.origin(part)}",
-            )
-    if found:
-        record.write_atomically(out / "summary.md", summary.markdown(found))
-        paths.append(out / "summary.md")
-    return Drawn(paths, found)
+        for name, study in zip(_study_names(studies), studies, strict=True):
+            for picture in learned_figures.drawn(study):
+                path = out / f"{name}_{picture.name}"
+                paths += _save(picture.figure, path, picture.title, picture.footer)
+    for name, text in (
+        ("summary.md", summary.markdown(found) if found else ""),
+        ("learned.md", learned_tables.markdown(studies) if studies else ""),
+    ):
+        if text:
+            record.write_atomically(out / name, text)
+            paths.append(out / name)
+    return Drawn(paths, found, studies)
 
 
 def _draw(comparison: Comparison, path: Path) -> list[Path]:
@@ -127,6 +138,25 @@ def _file_names(found: Sequence[Comparison]) -> list[str]:
     return names
 
 
+def _study_names(studies: Sequence[Study]) -> list[str]:
+    """What tells each study from the others of a run, fit for a file's name."""
+    names: list[str] = []
+    for study in studies:
+        alike = [other for other in studies if other.kind == study.kind]
+        keys = ["size"] if study.kind == "loss" else ["task"]
+        keys += [
+            key
+            for key in study.common
+            if key not in keys and len({str(other.common[key]) for other in alike}) > 1
+        ]
+        said = "_".join(str(study.common[key])[:LONGEST] for key in keys).replace(" / ", "_")
+        name = re.sub(r"[^\w.-]", "", f"{study.kind}_{said}")
+        again = names.count(name)
+        names.append(name)
+        names[-1] += f"_{again + 1}" if again else ""
+    return names
+
+
 def _save(figure: Figure, path: Path, title: str, footer: str) -> list[Path]:
     """Both file types of a figure; the SVG is the same for the same records."""
     arrange(figure, title, footer)
@@ -141,9 +171,10 @@ def _save(figure: Figure, path: Path, title: str, footer: str) -> list[Path]:
 def arrange(figure: Figure, title: str, footer: str) -> None:
     """Put the title above the legend of a figure, its panels below, and the footer under them."""
     lines = [part for line in footer.split("\n") for part in textwrap.wrap(line, FOOTER_WIDTH)]
-    bottom = 0.02 + 0.026 * len(lines)
-    figure.text(0.5, 0.975, title, fontsize=8.5, ha="center", va="center")
-    figure.text(0.01, 0.01, "\n".join(lines), fontsize=5.5, color="0.35", va="bottom")
+    share = figures.HEIGHT / figure.get_figheight()
+    bottom = (0.02 + 0.026 * len(lines)) * share
+    figure.text(0.5, 1 - 0.025 * share, title, fontsize=8.5, ha="center", va="center")
+    figure.text(0.01, 0.01 * share, "\n".join(lines), fontsize=5.5, color="0.35", va="bottom")
     (legend,) = figure.legends
     top = legend.get_window_extent().y0 / figure.bbox.height - 0.01
     figure.set_layout_engine("constrained", rect=(0, bottom, 1, top - bottom))

@@ -52,7 +52,7 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
     model = build_model(
         case, tasks.vocab_size(options["task"], options["settings"]), max(lengths), ranks.device
     )
-    answering = _answering(model, options, length, ranks.device)
+    answering = _answering(model, options, max(lengths), ranks.device)
     look = drawn(LOOK, 0, LOOK_SEQUENCES)
 
     def run() -> Trained:
@@ -100,19 +100,19 @@ class PositionDecoder(nn.Module):
     second is the model's head, reads that output beside an embedding of the position asked for.
     """
 
-    def __init__(self, model: LanguageModel, seq_len: int) -> None:
+    def __init__(self, model: LanguageModel, max_len: int) -> None:
         super().__init__()
         width = model.embedding.embedding_dim
         self.model = model
         self.places: Tensor
-        self.register_buffer("places", sinusoids(seq_len, width), persistent=False)
+        self.register_buffer("places", sinusoids(max_len, width), persistent=False)
         self.enter = nn.Linear(2 * width, 4 * width)
         self.leave = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> SimpleNamespace:
         """`logits` (B, T, V) of every token of `tokens` (B, T)."""
         last = self.model.features(tokens)[:, -1:].expand(-1, tokens.shape[1], -1)  # (B, T, D)
-        places = self.places.to(last.dtype).expand_as(last)
+        places = self.places[: tokens.shape[1]].to(last.dtype).expand_as(last)
         hidden = nn.functional.gelu(self.enter(torch.cat([last, places], -1)))
         return SimpleNamespace(logits=self.model.head(self.leave(hidden)))
 
@@ -140,11 +140,11 @@ def accuracy(model: nn.Module, examples: Examples, place: Place, recipe: Recipe)
 
 
 def _answering(
-    model: LanguageModel, options: Mapping[str, Any], length: int, device: str
+    model: LanguageModel, options: Mapping[str, Any], max_len: int, device: str
 ) -> nn.Module:
     """The module whose logits answer the task: the model, or a decoder around it."""
     if tasks.TASKS[options["task"]].decoder == "position-mlp":
-        return PositionDecoder(model, length).to(device)
+        return PositionDecoder(model, max_len).to(device)
     return model
 
 

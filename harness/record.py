@@ -325,7 +325,7 @@ class RunDirectory:
         self.records.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path / ".lock")
         try:
-            for litter in (*self.records.glob("*.tmp"), *path.glob("*.tmp")):
+            for litter in (*path.glob("*.tmp"), *path.glob("*/*.tmp")):
                 if litter.is_file():
                     litter.unlink()
             write_atomically(self.records / "probe", "")

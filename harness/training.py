@@ -112,7 +112,10 @@ def train(
         run.losses.append(loss)
         _check(run)
         if watch is not None and run.steps in recipe.watch_at:
-            run.watched.append(Watched(run.steps, run.seconds, watch()))
+            value = watch()
+            if not math.isfinite(value):  # the last step's update is in no loss
+                raise FloatingPointError(f"{value} was seen after step {run.steps}")
+            run.watched.append(Watched(run.steps, run.seconds, value))
         due = keeping is not None and time.monotonic() - kept_at >= keeping.every_s
         if ranks.agree(due) and keeping is not None:
             _keep(model, optimiser, run, keeping, ranks)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.record import Case
-from harness.run import Settings, into
-from harness.sizes import width_fields
+from harness.run import OnFinish, OnStart, Settings, into
+from harness.sizes import shape_of, width_fields
 from harness.sweep import (
     ARCHS,
     DEFAULT_DTYPE,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UNITS = ("byte", "character")
 PARALLEL = ("ddp", "fsdp")
+SEVERAL = ("lengths", "evaluate_at", "tokens")  # whole numbers that a grid may list
 VALIDATION_TOKENS = 1 << 16
 VALIDATION_BLOCK = 2048
 
@@ -146,15 +147,16 @@ class Training:
             **self.whole_numbers(),
         }
         for name, values in numbers.items():
-            for value in listed(values):
+            several = name in SEVERAL
+            for value in listed(values) if several else [values]:
                 if not is_whole(value) or not 1 <= value <= 1 << 50:
-                    raise ValueError(f"{name} must be whole numbers >= 1, got {value!r}")
+                    what = "whole numbers" if several else "a whole number"
+                    raise ValueError(f"{name} must be {what} >= 1, got {value!r}")
         for seed in listed(self.seeds):
             if not is_whole(seed) or not 0 <= seed < 1 << 31:
                 raise ValueError(f"seeds must be whole numbers >= 0, got {seed!r}")
         for rate in listed(self.learning_rates):
-            number = isinstance(rate, int | float) and not isinstance(rate, bool)
-            if not number or not 0 < rate < math.inf:
+            if not _is_number(rate) or not 0 < rate < math.inf:
                 raise ValueError(f"learning_rates must be numbers > 0, got {rate!r}")
 
     def whole_numbers(self) -> dict[str, Any]:
@@ -172,7 +174,8 @@ class LossGrid(Training):
         unit: what a token is: "byte" or "character".
         validation_tokens: tokens that are validated on.
         validation_block: tokens of the pieces that these lie in: a multiple of all lengths, so that
-            all are validated on the same tokens.
+            all are validated on the same tokens. None: 2,048, or the longest length where that is
+            no multiple.
     """
 
     kind: ClassVar[str] = "loss"
@@ -180,17 +183,23 @@ class LossGrid(Training):
     corpus: str = "python-source"
     unit: str = "byte"
     validation_tokens: int = VALIDATION_TOKENS
-    validation_block: int = VALIDATION_BLOCK
+    validation_block: int | None = None
 
     def options(self, length: int, batch: int) -> Iterator[dict[str, Any]]:
         """Steps of each token budget, and the corpus."""
+        if not isinstance(self.corpus, str):
+            raise ValueError(f"corpus must be a name, got {self.corpus!r}")
         if self.unit not in UNITS:
             raise ValueError(unknown("unit", str(self.unit), UNITS))
-        for other in (length, *listed(self.evaluate_at)):
-            if self.validation_block % other:
+        lengths = [*listed(self.lengths), *listed(self.evaluate_at)]
+        block = self.validation_block or VALIDATION_BLOCK
+        if self.validation_block is None and any(block % other for other in lengths):
+            block = max(lengths)
+        for other in lengths:
+            if block % other:
                 raise ValueError(
-                    f"validation_block = {self.validation_block} is not a multiple of length "
-                    f"{other}: give one that is, so that all lengths validate on the same tokens"
+                    f"validation_block = {block} is not a multiple of length {other}: give one "
+                    "that is, so that all lengths validate on the same tokens"
                 )
         for tokens in listed(self.tokens):
             if tokens < batch * length:
@@ -200,7 +209,7 @@ class LossGrid(Training):
                 "corpus": self.corpus,
                 "unit": self.unit,
                 "validation_tokens": self.validation_tokens,
-                "validation_block": self.validation_block,
+                "validation_block": block,
             }
 
     def whole_numbers(self) -> dict[str, Any]:
@@ -208,7 +217,9 @@ class LossGrid(Training):
         return {
             "tokens": self.tokens,
             "validation_tokens": self.validation_tokens,
-            "validation_block": self.validation_block,
+            **(
+                {} if self.validation_block is None else {"validation_block": self.validation_block}
+            ),
         }
 
 
@@ -229,13 +240,22 @@ class RecallGrid(Training):
     steps: int
     stop_at: float = 0.998
 
+    def cells(self, device: str = "cpu") -> Iterator[Case]:
+        """As `Training.cells`; a matched size must be one that has the task's vocabulary too."""
+        from harness import tasks
+
+        for case in super().cells(device):
+            vocab_size = tasks.vocab_size(case.options["task"], case.options["settings"])
+            shape_of(case.arch, case.size, vocab_size)
+            yield case
+
     def options(self, length: int, batch: int) -> Iterator[dict[str, Any]]:
         """Every task with every combination of settings."""
         from harness import tasks
 
         if not isinstance(self.settings, Mapping):
             raise ValueError(f"settings must be a table, got {self.settings!r}")
-        if not isinstance(self.stop_at, int | float) or not 0 < self.stop_at <= 1:
+        if not _is_number(self.stop_at) or not 0 < self.stop_at <= 1:
             raise ValueError(f"stop_at must be an accuracy of at most 1, got {self.stop_at!r}")
         for task in _names("tasks", self.tasks):
             for values in itertools.product(*map(listed, self.settings.values())):
@@ -294,13 +314,13 @@ LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
             seeds=(0, 1, 2),
         ),
     ),
-    # A part is one size and length: under nine minutes on an H100.
+    # A part is a length, to be asked for with --length; none has run on a GPU yet.
     "h100": tuple(
         LossGrid(
             lengths=length,
             size=size,
-            batch_tokens=1 << 17,
-            tokens=1 << 28,
+            batch_tokens=1 << 16,
+            tokens=1 << 27,
             learning_rates=1e-3,
             evaluate_at=16384,
             validation_tokens=1 << 20,
@@ -310,7 +330,86 @@ LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
         for length in (512, 1024, 2048, 4096, 8192, 16384)
     ),
 }
-RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {}
+RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
+    # About ten minutes on two cores: a smoke run, too small to rank anything.
+    "quick": tuple(
+        RecallGrid(
+            tasks="mqar",
+            settings={"vocab_size": 64, "pairs": pairs},
+            lengths=length,
+            size="d64",
+            batch=batch,
+            steps=steps,
+            learning_rates=(1e-3, 2e-3),
+        )
+        for length, pairs, batch, steps in ((64, 4, 64, 500), (128, 8, 32, 300))
+    ),
+    # Hours on two cores: the pairs that fit, at three sizes of state where it can be chosen.
+    "cpu": tuple(
+        RecallGrid(
+            archs=archs,
+            tasks="mqar",
+            settings={"vocab_size": 64, "pairs": [4, 8, 16]},
+            lengths=64,
+            size=size,
+            batch=64,
+            steps=2000,
+            learning_rates=(1e-3, 3e-3),
+        )
+        for archs, size in (
+            (ARCHS, "d64"),
+            (("mamba2",), ("d64n8", "d64n32")),
+            (("rwkv7",), ("d64h16", "d64h32")),
+        )
+    ),
+    # The configurations of Zoology (arXiv 2312.04927, figure 2): pairs grow with the length.
+    "mqar": tuple(
+        RecallGrid(
+            tasks="mqar",
+            settings={"vocab_size": 8192, "pairs": pairs},
+            lengths=length,
+            size=("d64", "d128", "d256", "d512"),
+            batch=batch,
+            steps=20_000,
+            stop_at=0.99,
+            learning_rates=(1e-4, 4.6e-4, 2.2e-3, 1e-2),
+        )
+        for length, pairs, batch in ((64, 4, 512), (128, 8, 512), (256, 16, 256), (512, 64, 128))
+    ),
+    # The tasks of MAD (arXiv 2403.17844, table B.1) at its lengths.
+    "mad": tuple(
+        RecallGrid(
+            tasks=tasks,
+            lengths=length,
+            size="d128",
+            batch=128,
+            steps=20_000,
+            learning_rates=(1e-4, 5e-4, 1e-3),
+        )
+        for tasks, length in (
+            (("in-context-recall", "fuzzy-recall", "noisy-recall"), 128),
+            ("selective-copying", 256),
+            (("compression", "memorisation"), 32),
+        )
+    ),
+    # Mamba's induction heads (arXiv 2312.00752, section 4.1.2), and parity (2411.12537): trained at
+    # one length, tested beyond.
+    "extrapolation": tuple(
+        RecallGrid(
+            tasks=task,
+            lengths=length,
+            evaluate_at=beyond,
+            size="d64",
+            batch=8 if length == 256 else 64,
+            steps=20_000,
+            learning_rates=(1e-4, 1e-3),
+        )
+        for task, length, beyond in (
+            ("induction-heads", 256, (64, 1024, 4096)),
+            ("parity", 40, (80, 160, 256)),
+        )
+    ),
+}
 PRESETS: dict[str, Mapping[str, tuple[Training, ...]]] = {
     "loss": LOSS_PRESETS,
     "recall": RECALL_PRESETS,
@@ -342,8 +441,13 @@ def narrowed(
         **instead: fields to replace where they are not None.
 
     Raises:
-        ValueError: no grid is left.
+        ValueError: no such architecture, or no grid is left.
     """
+    from archs import block_class
+    from archs.model import expand_pattern
+
+    for name in (name for arch in archs or () for name in expand_pattern(arch)):
+        block_class(name)
     changes = {name: value for name, value in instead.items() if value is not None}
     if "batch" in changes:
         changes["batch_tokens"] = None
@@ -373,10 +477,11 @@ def preset(kind: type[Training], name: str) -> tuple[Training, ...]:
 
 
 def check_corpora(cells: Iterable[Case]) -> None:
-    """Read every corpus of some cells: whether it is there and long enough.
+    """Read every corpus of some cells: whether it is there, long enough, and fits into the sizes.
 
     Raises:
-        ValueError, OSError: as `harness.data.load` and `harness.data.check`.
+        ValueError, OSError: as `harness.data.load`, `harness.data.check` and
+            `harness.sizes.shape_of`.
     """
     from harness import data
 
@@ -385,6 +490,7 @@ def check_corpora(cells: Iterable[Case]) -> None:
             corpus = data.load(case.options["corpus"], case.options["unit"])
             block, tokens = case.options["validation_block"], case.options["validation_tokens"]
             data.check(corpus, [case.seq_len or 0], block, tokens)
+            shape_of(case.arch, case.size, corpus.vocab_size)
 
 
 def run(
@@ -395,6 +501,8 @@ def run(
     threads: int | None = None,
     time_limit_s: float = 3600.0,
     checkpoint_every_s: float = 60.0,
+    on_start: OnStart = lambda case: None,
+    on_finish: OnFinish = lambda measurement, known: None,
     **reporting: Any,
 ) -> pd.DataFrame:
     """Train every cell that `out` does not hold yet; one row a cell, all cells of `out`.
@@ -408,7 +516,9 @@ def run(
         time_limit_s: for one cell; one that takes longer is recorded as "timeout", and goes on from
             its checkpoint under a longer limit.
         checkpoint_every_s: seconds between checkpoints.
-        **reporting: on_open, on_start, on_finish and on_progress, as `harness.run.into`.
+        on_start: called before each cell that is trained.
+        on_finish: called for each cell with its measurement, and whether it was there before.
+        **reporting: on_open and on_progress, as `harness.run.into`.
 
     Raises:
         ValueError: something in the sweep does not exist, a number cannot be, or a corpus is not
@@ -421,7 +531,12 @@ def run(
         cells += [part] if isinstance(part, Case) else trial_cells([part], device)
     check_corpora(cells)
     settings = Settings(device, threads, time_limit_s, checkpoint_every_s=checkpoint_every_s)
+    reporting |= {"on_start": on_start, "on_finish": on_finish}
     return into(Path(out), cells, settings, **reporting)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _names(name: str, value: Any) -> list[str]:

@@ -11,7 +11,8 @@
 #   PARTS="kernels ssd" sh results/h100.sh     some parts: kernels, long_kernels (the long
 #                                              convolution's), hopper (attention in Gluon, which
 #                                              might hang), tests, attention_plans, plans,
-#                                              attention, ssd, wkv7, long_conv, cost
+#                                              attention, ssd, wkv7, long_conv, cost,
+#                                              loss:LENGTH (of models of 10M and 30M parameters)
 parts=${PARTS:-kernels long_kernels hopper tests attention_plans plans attention ssd wkv7 long_conv cost}
 out=${1:-runs/h100}
 python=${PYTHON:-python3}
@@ -45,6 +46,11 @@ for part in $parts; do
       timeout 330 $python -m harness cost --preset h100 --time-limit 60 --out "$out/cost"
       $python -m harness export "$out/cost" "$out/cost.jsonl"
       $python -m harness plot "$out/cost.jsonl" --out "$out/figures"
+      ;;
+    loss:*)
+      timeout 520 $python -m harness loss --preset h100 --length "${part#loss:}" --out "$out/loss"
+      $python -m harness export "$out/loss" "$out/loss.jsonl"
+      $python -m harness plot "$out/loss.jsonl" --out "$out/loss-figures"
       ;;
     *)
       timeout 520 $python -m harness cost --preset h100-ops --peers all --op "$part" \

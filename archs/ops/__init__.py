@@ -6,10 +6,12 @@ Every module `X` here holds one operation: `X_step` (the recurrence, one token),
 modules of their own, what launches them; it is imported only where they are asked for.
 """
 
+import functools
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -65,6 +67,25 @@ def kernels(operation: str, x: torch.Tensor) -> ModuleType:
         )
     _load(operation)
     return getattr(archs.ops, f"{operation}_kernel")
+
+
+def in_its_own_types(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation, or part of a block, whose types autocast leaves alone.
+
+    What it computes in float32 for the sake of its result would be in 16 bits else. One of its
+    arguments is a tensor.
+    """
+
+    @functools.wraps(operation)
+    def called(*arguments: Any, **options: Any) -> Any:
+        tensors = (x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor))
+        device = next(tensors).device.type
+        if not torch.is_autocast_enabled(device):
+            return operation(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return operation(*arguments, **options)
+
+    return called
 
 
 def has_gpu(x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, in_its_own_types, kernels, no_such_backend
 from archs.ops.plan import multiprocessors
 
 # Queries that share one call and one mask where the causal form does not fit: of 128, 256 and 512
@@ -267,6 +267,7 @@ def _kernels(q: Tensor) -> ModuleType:
     return kernels("attention", q)
 
 
+@in_its_own_types
 def attention(
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, in_its_own_types, kernels, no_such_backend
 from archs.ops.long_conv_tables import MOST_TOKENS, TILE_TOKENS
 from archs.ops.plan import multiprocessors
 from archs.ops.short_conv import short_conv_reference
@@ -235,6 +235,7 @@ def fft_length(new_tokens: int, context: int = 0) -> int:
         half += 1
 
 
+@in_its_own_types
 def long_conv(
     u: Tensor,
     filter: Tensor,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, kernels, no_such_backend
+from archs.ops import Backend, in_its_own_types, kernels, no_such_backend
 
 Activation = Literal["silu"] | None
 
@@ -69,6 +69,7 @@ def short_conv_step_triton(
     return kernels("short_conv", x).short_conv_step_triton(x, weight, bias, state, activation)
 
 
+@in_its_own_types
 def short_conv(
     x: Tensor,
     weight: Tensor,

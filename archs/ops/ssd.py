@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, in_its_own_types, kernels, no_such_backend
 from archs.ops.plan import Plan, segments_that_fill
 
 CHUNK = 64  # Q: the fastest of 32, 64 and 128 measured on an AVX-512 CPU at P = N = 64
@@ -158,6 +158,7 @@ def ssd_step_triton(
     return module.ssd_step_op(x, log_decay, b.to(x.dtype), c.to(x.dtype), state, dt, skip)
 
 
+@in_its_own_types
 def ssd(
     x: Tensor,
     log_decay: Tensor,

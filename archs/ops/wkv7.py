@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from archs.ops import Backend, BackendUnavailableError, kernels, no_such_backend
+from archs.ops import Backend, BackendUnavailableError, in_its_own_types, kernels, no_such_backend
 from archs.ops.plan import Plan, segments_that_fill
 
 DECAY_BOUND = 0.6065306597126334  # exp(-1/2): RWKV-7's log decays lie above minus this
@@ -134,6 +134,7 @@ def wkv7_step_triton(
     return module.wkv7_step_op(r, decay_logits, k, v, a, b, state, True)
 
 
+@in_its_own_types
 def wkv7(
     r: Tensor,
     log_decay: Tensor | None,

@@ -1,12 +1,16 @@
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 import archs
+from harness import __main__ as command_line
+from harness import run
 
+CEILINGS = {"copy_bytes_per_s": 1e15, "matmul_flops_per_s_float32": 1e15, "exp2_per_s": 1e15}
 FAULTY = {
     "segfault": "Segfault",
     "abort": "Abort",
@@ -53,3 +57,19 @@ def faulty_environment(faulty_package):
     """Variables for a command line that finds the blocks that break."""
     path = os.pathsep.join(filter(None, [str(faulty_package), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """The command line in this process and an empty folder: exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.Launcher, "measure_ceilings", lambda self, dtypes: CEILINGS)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["seqscale", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            command_line.main()
+        return exit_.value.code, *capfd.readouterr()
+
+    return call

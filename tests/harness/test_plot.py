@@ -1,12 +1,13 @@
 import itertools
 import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
 from harness import curves, figures, plot
-from harness.record import Case, Measurement, RunDirectory
-from runs import ENVIRONMENT, write_curve
+from runs import write_curve
+from training_runs import loss_run, recall_run, write
 
 ARCHS = ("transformer", "mamba2", "rwkv7", "hyena")
 LAWS = {
@@ -23,26 +24,7 @@ def fill(out, **options):
     for arch in ARCHS:
         write_curve(out, arch, LAWS[arch], **options)
         write_curve(out, arch, LAWS[arch], level="model", phase="decode", **options)
-    with RunDirectory(out) as directory:
-        for i, arch in enumerate(ARCHS):
-            case = Case(
-                kind="loss",
-                arch=arch,
-                level="model",
-                phase="train_step",
-                batch=8,
-                seq_len=64,
-                size="1M",
-            )
-            directory.write(
-                Measurement(
-                    case=case,
-                    status="ok",
-                    environment=ENVIRONMENT,
-                    metrics={"params": 1_000_000 + i},
-                    samples={"train_loss_bits_per_byte": [8.0, 7.0, 6.5 - i]},
-                ),
-            )
+    write(out, [loss_run(arch) for arch in ARCHS])
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +40,10 @@ def text_of(svg):
 
 def test_there_is_a_figure_of_each_kind_as_svg_and_png(drawn):
     names = [f"op_forward_d256_float32_torch_B1_{kind}" for kind in GROWTH]
-    names += ["model_decode_d256_float32_torch_B1", "training_loss_1M"]
+    names += ["model_decode_d256_float32_torch_B1"]
+    names += [f"loss_300K_{kind}" for kind in ("lengths", "pareto", "steps")]
     files = [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
-    assert list(drawn) == [*files, "summary.md"]
+    assert list(drawn) == [*files, "summary.md", "learned.md"]
     assert all(p.stat().st_size > 10_000 for p in drawn.values() if p.suffix == ".png")
 
 
@@ -89,7 +72,8 @@ def test_every_figure_names_architectures_device_versions_and_commit(drawn):
             "model_decode_d256_float32_torch_B1",
             ["time a token, ms", "state a sequence, MiB", "position, tokens already read"],
         ),
-        ("training_loss_1M", ["1M parameters", "training loss, bits a byte", "1.000 M parameters"]),
+        ("loss_300K_steps", ["300K parameters", "training loss, bits a byte", "training step"]),
+        ("loss_300K_lengths", ["bigram entropy", "position in a context of T = 64 tokens"]),
     ],
 )
 def test_axes_have_units_and_marks_are_explained(drawn, name, words):
@@ -105,6 +89,33 @@ def test_crossovers_are_marked_with_their_length(drawn):
 
 def test_the_summary_is_beside_the_figures(drawn):
     assert "| Transformer | n² | n² | 2.0" in drawn["summary.md"].read_text()
+    assert "| Transformer | 64 | 300,000 | 2.000" in drawn["learned.md"].read_text()
+
+
+def test_a_run_of_training_alone_is_drawn(tmp_path):
+    larger = loss_run("hyena", size="1M", metrics={"params": 1_000_000})
+    write(tmp_path, [loss_run(), larger, recall_run()])
+    names = [path.name for path in plot.draw(tmp_path).paths]
+    assert names[-1] == "learned.md"
+    assert "summary.md" not in names
+    assert [name for name in names if name.endswith("steps.svg")] == [
+        "loss_300K_steps.svg",
+        "loss_1M_steps.svg",
+    ]
+
+
+def test_files_of_alike_studies_have_different_names(tmp_path):
+    corpora = ["files:a/b.txt", "files:ab.txt", "files:" + "x" * 300]
+    write(tmp_path, [loss_run(options={"corpus": corpus}) for corpus in corpora])
+    names = [path.name for path in plot.draw(tmp_path).paths if path.name.endswith("steps.svg")]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) < 100
+
+
+def test_the_committed_records_of_before_are_drawn(tmp_path):
+    drawn = plot.draw(Path(__file__).parents[2] / "results/cpu-2core/quick.jsonl", tmp_path)
+    names = [path.name for path in drawn.paths]
+    assert {"loss_1M_pareto.svg", "loss_1M_steps.svg", "learned.md"} <= set(names)
 
 
 def test_the_svg_is_the_same_for_the_same_records(tmp_path):

@@ -1,0 +1,357 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import archs
+from harness import checkpoint, ranks, record, run, trials, worker
+from harness.ranks import Ranks
+from harness.trials import LossGrid, trial_cells
+
+CEILINGS = {"copy_bytes_per_s": 1e15, "matmul_flops_per_s_float32": 1e15, "exp2_per_s": 1e15}
+STEPS = 50
+ALL = "rwkv7+mamba2+transformer+hyena"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The name of a corpus of words that repeat."""
+    folder = tmp_path_factory.mktemp("text")
+    draws = random.Random(0)
+    words = ["".join(draws.choices("abcde", k=draws.randint(2, 5))) for _ in range(40)]
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(" ".join(draws.choices(words, k=300)))
+    return f"files:{folder}/*.txt"
+
+
+def case_of(corpus, arch="mamba2", parallel=None, **fields):
+    grid = LossGrid(
+        archs=arch,
+        lengths=16,
+        size="d64" if "+" in arch else "d32h16",
+        batch=4,
+        tokens=STEPS * 4 * 16,
+        corpus=corpus,
+        evaluate_at=32,
+        validation_tokens=256,
+        validation_block=32,
+        learning_rates=1e-2,
+    )
+    if parallel is not None:
+        grid = replace(grid, ranks=2, parallel=parallel)
+    (case,) = trial_cells([replace(grid, **fields)])
+    return case
+
+
+def kept_at(path, every_s=3600.0):
+    return {"path": str(path), "every_s": every_s, "written_by": "me"}
+
+
+def alone(case, path):
+    """The run of a case in this process, and its weights from its last checkpoint."""
+    reply = worker.measured(case, kept_at(path, 0), Ranks("cpu"), {}, lambda share: None)
+    assert reply["status"] == "ok", reply["detail"]
+    return reply
+
+
+def losses(reply):
+    return torch.tensor(reply["samples"]["train_loss_bits_per_byte"], dtype=torch.float64)
+
+
+def close(reply, single):
+    """Whether every loss of two runs of a case agrees within 1e-4."""
+    names = ("train_loss", "watched_loss", "evaluated_loss", "position_loss")
+    for name in names:
+        found, wanted = (r["samples"][f"{name}_bits_per_byte"] for r in (reply, single))
+        assert found == pytest.approx(wanted, abs=1e-4), name
+    value = "val_loss_bits_per_byte"
+    assert reply["metrics"][value] == pytest.approx(single["metrics"][value], abs=1e-4)
+    for exact in ("train_flops", "params", "state_bytes", "tokens"):
+        assert reply["metrics"][exact] == single["metrics"][exact]
+
+
+# Two processes of a group, which do one run after another
+
+PAIR = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from torch import nn
+from harness import checkpoint, training, worker
+from harness.ranks import Ranks
+from harness.record import Case
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def run(case, kept, parallel, until):
+    def progress(share):
+        if share >= until:
+            raise Interrupted
+
+    try:
+        return worker.measured(
+            Case(**case), kept, Ranks("cpu", rank, 2, parallel), {}, progress
+        )
+    except Interrupted:
+        return None
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.spared = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+        self.vector = nn.Parameter(torch.ones(2))
+        self.spared._no_weight_decay = True
+
+    def forward(self, inputs):
+        nothing = 0 * sum(p.sum() for p in self.parameters())
+        return SimpleNamespace(logits=nothing.expand(*inputs.shape, 2))
+
+
+def decayed(parallel):
+    model, zeros = Weights(), torch.zeros(2, 3, dtype=torch.int64)
+    recipe = training.Recipe(steps=3, learning_rate=0.5)
+    training.train(
+        model, lambda step: (zeros, zeros), recipe, ranks=Ranks("cpu", rank, 2, parallel)
+    )
+    whole = {name: checkpoint._whole(p) for name, p in model.named_parameters()}
+    return sorted(name for name, p in whole.items() if not torch.equal(p, torch.ones_like(p)))
+
+
+jobs = json.loads((folder / "jobs.json").read_text())
+replies = {name: run(*job) for name, job in jobs.items()}
+replies["decayed"] = {parallel: decayed(parallel) for parallel in ("ddp", "fsdp")}
+(folder / f"{rank}.json").write_text(json.dumps(replies))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """Replies of both processes by run, and the folder with the checkpoints."""
+    folder = tmp_path_factory.mktemp("pair")
+    jobs = {}
+    for name, arch, parallel, every_s, until in (
+        ("ddp", "mamba2", "ddp", 3600, 2),
+        ("ddp-interrupted", "mamba2", "ddp", 0, 0.34),
+        ("ddp-interrupted again", "mamba2", "ddp", 0, 2),
+        ("ddp-all", ALL, "ddp", 3600, 2),
+        ("fsdp", ALL, "fsdp", 0, 2),
+        ("fsdp-interrupted", ALL, "fsdp", 0, 0.34),
+        ("fsdp-interrupted again", ALL, "fsdp", 0, 2),
+    ):
+        kept = kept_at(folder / f"{name.split()[0]}.safetensors", every_s)
+        jobs[name] = case_of(corpus, arch, parallel).asked(), kept, parallel, until
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", PAIR, str(rank), str(folder)],
+            env={**run.child_environment(), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=240) for process in both] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
+
+
+@pytest.fixture(scope="module")
+def single(corpus, tmp_path_factory):
+    """Replies of runs in this process by architecture, and the folder with their checkpoints."""
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        arch: alone(case_of(corpus, arch), folder / f"{arch}.safetensors")
+        for arch in ("mamba2", ALL)
+    }, folder
+
+
+@pytest.mark.parametrize(("name", "arch"), [("ddp", "mamba2"), ("ddp-all", ALL), ("fsdp", ALL)])
+def test_two_ranks_learn_what_one_process_does(pair, single, name, arch):
+    (first, second), _ = pair
+    for replies in (first, second):
+        assert replies[name]["status"] == "ok", replies[name]["detail"]
+        close(replies[name], single[0][arch])
+    assert len(losses(first[name])) == STEPS
+    assert torch.equal(losses(first[name]), losses(second[name]))
+    assert losses(first[name])[-1] < 0.8 * losses(first[name])[0]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_ranks_go_on_from_their_checkpoint_to_the_last_bit(pair, name):
+    (first, _), _ = pair
+    assert first[f"{name}-interrupted"] is None
+    again, whole = first[f"{name}-interrupted again"], first[name]
+    assert again["status"] == "ok", again["detail"]
+    assert again["samples"]["resumed_at_step"] == [17]
+    assert torch.equal(losses(again), losses(whole))
+    for samples in ("watched_loss", "evaluated_loss", "position_loss"):
+        told = (r["samples"][f"{samples}_bits_per_byte"] for r in (again, whole))
+        assert next(told) == next(told)
+
+
+def test_weights_that_are_cut_up_are_kept_whole(pair, single):
+    found, wanted = (
+        checkpoint.read(folder / name, "me")[0]
+        for folder, name in ((pair[1], "fsdp.safetensors"), (single[1], f"{ALL}.safetensors"))
+    )
+    assert found.keys() == wanted.keys()
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    assert shapes == {name: tensor.shape for name, tensor in wanted.items()}
+    model = archs.build_model(ALL, width=64, depth=4, vocab_size=256, max_len=32, backend="torch")
+    assert {n.removeprefix("weight.") for n in found if n.startswith("weight.")} == {
+        name for name, _ in model.named_parameters()
+    }
+    moved = [n for n in found if (found[n] - wanted[n]).abs().max() > 1e-2]
+    assert moved == []
+
+
+def test_decay_spares_the_same_weights_in_every_rank(pair):
+    (first, second), _ = pair
+    assert first["decayed"] == second["decayed"] == {"ddp": ["matrix"], "fsdp": ["matrix"]}
+
+
+# Batches
+
+
+def test_ranks_share_a_batch_without_a_rest():
+    batch = torch.arange(12).view(6, 2), torch.arange(12, 24).view(6, 2)
+    shares = [Ranks("cpu", rank, 3).share(batch) for rank in range(3)]
+    for whole, parts in zip(batch, zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+        assert [len(part) for part in parts] == [2, 2, 2]
+
+
+def test_one_process_is_alone():
+    one, model = Ranks("cuda:3"), torch.nn.Linear(2, 2)
+    assert one.device_type == "cuda"
+    assert one.wrap(model) is model
+    assert one.total(torch.tensor(2.5)) == 2.5
+    assert [one.agree(wish) for wish in (True, False)] == [True, False]
+
+
+# Started as torchrun does, in the worker of their cell
+
+FAULTY = '''
+import os, signal, time
+from pathlib import Path
+import torch
+from archs.mamba2 import Mamba2Block
+
+class Faulty(Mamba2Block):
+    """Is well but in rank 1, where a variable says what happens after so many steps."""
+
+    steps = 0
+
+    def forward(self, x, state=None, carry=None):
+        self.steps += torch.is_grad_enabled()
+        fault, _, after = os.environ.get("SEQSCALE_TEST_FAULT", "").partition(" ")
+        if fault and os.environ.get("RANK") == "1" and self.steps > int(after):
+            Path(os.environ["SEQSCALE_TEST_MARK"]).write_text(str(os.getpid()))
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "raises":
+                raise ZeroDivisionError("a bug in one rank")
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+            while True:
+                time.sleep(1)
+        return super().forward(x, state, carry)
+'''
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder for all that a run leaves, named in the command lines of its ranks."""
+    root = tmp_path / "site"
+    info = root / "faulty_ranks-1.0.dist-info"
+    info.mkdir(parents=True)
+    (root / "faulty_ranks.py").write_text(FAULTY)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-ranks\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[seqscale.blocks]\nfaulty = faulty_ranks:Faulty\n")
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("SEQSCALE_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setattr(run.Launcher, "measure_ceilings", lambda self, dtypes: CEILINGS)
+    archs.architectures.cache_clear()
+    yield tmp_path
+    archs.architectures.cache_clear()
+    sys.modules.pop("faulty_ranks", None)
+
+
+def alive(place):
+    """Processes with the folder in their command line: ranks and who started them."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"harness.ranks {place}"], capture_output=True, text=True
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def swept(case, place, **options):
+    """The record of a case, and the seconds that it took."""
+    start = time.monotonic()
+    trials.run([case], place / "run", device="cpu", checkpoint_every_s=0, **options)
+    took = time.monotonic() - start
+    return max(record.load(place / "run")[0], key=lambda m: m.environment["utc"]), took
+
+
+def test_a_rank_that_hangs_or_dies_ends_the_cell_which_then_goes_on(
+    corpus, place, pair, monkeypatch
+):
+    case = case_of(corpus, "faulty", "ddp")
+    mark = place / "mark"
+
+    monkeypatch.setenv("SEQSCALE_TEST_FAULT", "killed 10")
+    found, took = swept(case, place)
+    assert found.status == "crashed"
+    assert found.reason.startswith("RankDiedError: ")
+    assert "exitcode" in found.reason
+    assert f"-9 (pid: {mark.read_text()})" in found.reason
+    assert alive(place) == []
+    died = time.time() - mark.stat().st_mtime
+    assert died < 20
+
+    # The limit leaves as much time again as it took to start: it hangs before that.
+    mark.unlink()
+    monkeypatch.setenv("SEQSCALE_TEST_FAULT", "hangs 10")
+    found, _ = swept(case, place, time_limit_s=2 * took)
+    assert mark.exists()
+    assert found.status == "timeout"
+    assert found.reason == f"no result within {2 * took:g} s"
+    deadline = time.monotonic() + 10
+    while alive(place) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive(place) == []
+
+    monkeypatch.delenv("SEQSCALE_TEST_FAULT")
+    found, _ = swept(case, place, time_limit_s=600)
+    assert found.status == "ok", found.detail
+    assert found.samples["resumed_at_step"] == [10, 20]
+    (first, _), _ = pair
+    whole = first["ddp"]["samples"]
+    for name in ("train_loss_bits_per_byte", "watched_loss_bits_per_byte"):
+        assert found.samples[name] == whole[name]
+    assert not list((place / "run").rglob("*.safetensors*"))
+
+
+def test_an_error_in_one_rank_ends_all_and_is_told(corpus, place, monkeypatch):
+    monkeypatch.setenv("SEQSCALE_TEST_FAULT", "raises 3")
+    case = case_of(corpus, "faulty", "fsdp")
+    request = {"case": case.asked(), "kept": kept_at(place / "kept"), "device": "cpu"}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with pytest.raises(ranks.RankDiedError, match="ZeroDivisionError: a bug in one rank") as error:
+        ranks.launch(request, 2)
+    assert "\n" not in str(error.value)
+    assert alive(place) == []
