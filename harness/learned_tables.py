@@ -34,6 +34,7 @@ LAW_HEADER = (
     "flags",
 )
 COMPUTE_HEADER = ("architecture", "at", "training FLOPs", "parameters at the least loss", "flags")
+WORDY = ("95 % interval", "best rate", "flags")  # columns that may wrap
 Made = tuple[str, list[str], list[list[str]]]  # title, header, rows
 Columns = dict[str, Callable[[Point], str]]
 
@@ -65,7 +66,9 @@ def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     """As text, not markup: a corpus may be a glob with brackets."""
     table = Table(title=Text(title), title_justify="left")
     for name in header:
-        table.add_column(name, overflow="fold", no_wrap=name == "architecture")
+        wraps = name in WORDY
+        shown = name if wraps else name.replace(" ", "\n", 1)
+        table.add_column(shown, overflow="fold", no_wrap=not wraps, min_width=9 if wraps else None)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

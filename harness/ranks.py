@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+ERROR = re.compile(r"[\w.]+(Error|Exception)\b")  # how the last line of a traceback begins
 
 
 class RankDiedError(RuntimeError):
@@ -56,11 +59,13 @@ class Ranks:
         if self.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
-            for module in model.modules():
-                if isinstance(module, nn.ModuleList):
-                    for block in module:
-                        fully_shard(block)
-            fully_shard(model)
+            from archs.block import Block
+
+            for block in [module for module in model.modules() if isinstance(module, Block)]:
+                fully_shard(block)
+            # Of a forward pass without a backward no whole weights may stay: they are not those
+            # that the optimiser and a checkpoint know.
+            fully_shard(model, reshard_after_forward=True)
             return model
         on_gpu = self.device_type == "cuda"
         return nn.parallel.DistributedDataParallel(
@@ -116,10 +121,11 @@ def launch(request: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _why(printed: str) -> str:
-    """What torchrun says of the rank that failed first."""
+    """How the rank that failed first ended, as torchrun says last, and the first error told."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    wanted = [line for line in lines if "exitcode" in line or "Error" in line]
-    return "; ".join(wanted[-2:] or lines[-1:] or ["it said nothing"])
+    ends = [" ".join(line.split()) for line in lines if line.startswith("exitcode")]
+    errors = [line for line in lines if ERROR.match(line) and "ChildFailedError" not in line]
+    return "; ".join(ends[-1:] + errors[:1] or lines[-1:] or ["it said nothing"])
 
 
 def main() -> None:

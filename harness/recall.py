@@ -7,13 +7,13 @@ another stream. A run ends when the task is solved on a third, or its steps are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from archs import LanguageModel
+from archs.model import ModelOutput
 from harness import tasks, timing, training
 from harness.record import Case
 from harness.tasks import Examples
@@ -109,12 +109,12 @@ class PositionDecoder(nn.Module):
         self.enter = nn.Linear(2 * width, 4 * width)
         self.leave = nn.Linear(4 * width, width)
 
-    def forward(self, tokens: Tensor) -> SimpleNamespace:
+    def forward(self, tokens: Tensor) -> ModelOutput:
         """`logits` (B, T, V) of every token of `tokens` (B, T)."""
         last = self.model.features(tokens)[:, -1:].expand(-1, tokens.shape[1], -1)  # (B, T, D)
         places = self.places[: tokens.shape[1]].to(last.dtype).expand_as(last)
         hidden = nn.functional.gelu(self.enter(torch.cat([last, places], -1)))
-        return SimpleNamespace(logits=self.model.head(self.leave(hidden)))
+        return ModelOutput(self.model.head(self.leave(hidden)))
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +101,9 @@ def train(
         FloatingPointError: the run diverged; the message says how and at which step.
         OSError: a checkpoint cannot be written.
     """
+    decayed = _decayed(model)  # now: weights that are cut up have lost their marks
     module = ranks.wrap(model)
-    optimiser = _optimiser(model, recipe.learning_rate)
+    optimiser = _optimiser(model, decayed, recipe.learning_rate)
     run = _resumed(model, optimiser, keeping)
     kept_at = time.monotonic()
     while run.steps < recipe.steps and not _solved(run, recipe):
@@ -175,15 +176,24 @@ def _step(
     return float(ranks.total(loss.detach())) / ranks.count
 
 
-def _optimiser(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """Decay acts on matrices, but not on parameters that are marked."""
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim > 1 and not getattr(p, "_no_weight_decay", False)]
-    chosen = set(map(id, decayed))
-    others = [p for p in parameters if id(p) not in chosen]
+def _decayed(model: nn.Module) -> set[str]:
+    """The names of what decays: matrices, but not those that are marked."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
+    }
+
+
+def _optimiser(
+    model: nn.Module, decayed: Collection[str], learning_rate: float
+) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for n, p in model.named_parameters() if (n in decayed) is decays], **decay}
+        for decays, decay in (
+            (True, {"weight_decay": WEIGHT_DECAY}),
+            (False, {"weight_decay": 0.0}),
+        )
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS)
 
