@@ -277,13 +277,13 @@ class RecallGrid(Training):
 LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
     # Under a minute on two cores: the curves of four short runs.
     "demo": (LossGrid(lengths=256, size="300K", batch_tokens=2048, tokens=1 << 17),),
-    # Some minutes on two cores.
+    # Eight minutes on two cores.
     "quick": (
         LossGrid(
             lengths=(64, 256, 1024),
             size="300K",
             batch_tokens=2048,
-            tokens=600 * 2048,
+            tokens=400 * 2048,
             learning_rates=5e-3,
         ),
     ),
@@ -303,7 +303,7 @@ LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
         )
         for archs, size in ((ARCHS[:1], "d128h32l4"), (ARCHS[1:], "1066K"))
     ),
-    # Hours on two cores: three rates, three seeds.
+    # Two hours on two cores: three rates, three seeds.
     "cpu": (
         LossGrid(
             lengths=(64, 256, 1024),
