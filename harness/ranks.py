@@ -1,7 +1,8 @@
 """The processes that share a training run: torchrun's, or this one alone.
 
 A run of several ranks is started by `launch`, inside the worker of its cell, as torchrun does:
-`python -m harness.ranks REQUEST REPLY` in each. One that dies takes the others with it.
+`python -m harness.ranks REQUEST REPLY` in each. One that dies takes the others with it, and all
+die with the worker.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 ERROR = re.compile(r"[\w.]+(Error|Exception)\b")  # how the last line of a traceback begins
+
+# The ranks die with torchrun, and torchrun with who launched it, whose process ID comes first.
+TORCHRUN = """
+import sys
+from harness.worker import die_with
+die_with(int(sys.argv.pop(1)))
+from torch.distributed.run import main
+main()
+"""
 
 
 class RankDiedError(RuntimeError):
@@ -106,7 +116,14 @@ def launch(request: Mapping[str, Any], count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="seqscale-") as folder:
         asked, replied = Path(folder) / "request.json", Path(folder) / "reply.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        command = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={count}"]
+        command = [
+            "-P",
+            "-c",
+            TORCHRUN,
+            str(os.getpid()),
+            "--nnodes=1",
+            f"--nproc-per-node={count}",
+        ]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "harness.ranks"]
         done = subprocess.run(
             [sys.executable, *command, str(asked), str(replied)],

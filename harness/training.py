@@ -188,12 +188,10 @@ def _decayed(model: nn.Module) -> set[str]:
 def _optimiser(
     model: nn.Module, decayed: Collection[str], learning_rate: float
 ) -> torch.optim.AdamW:
+    named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in model.named_parameters() if (n in decayed) is decays], **decay}
-        for decays, decay in (
-            (True, {"weight_decay": WEIGHT_DECAY}),
-            (False, {"weight_decay": 0.0}),
-        )
+        {"params": [p for name, p in named if name in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS)
 

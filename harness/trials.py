@@ -277,14 +277,14 @@ class RecallGrid(Training):
 LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
     # Under a minute on two cores: the curves of four short runs.
     "demo": (LossGrid(lengths=256, size="300K", batch_tokens=2048, tokens=1 << 17),),
-    # Eight minutes on two cores.
+    # Nine minutes on two cores.
     "quick": (
         LossGrid(
             lengths=(64, 256, 1024),
             size="300K",
             batch_tokens=2048,
             tokens=400 * 2048,
-            learning_rates=5e-3,
+            learning_rates=3e-3,
         ),
     ),
     # The character-level recipe of nanoGPT for a CPU, our Transformer in its place; the others at
