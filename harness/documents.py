@@ -61,7 +61,7 @@ def hub(name_and_config: str) -> Documents:
         ValueError: `datasets` is not installed, the set cannot be had, or has no column "text".
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("hf: needs the package datasets: pip install 'seqscale[hf]'") from None
     name, _, config = name_and_config.partition(":")
