@@ -250,7 +250,8 @@ def beyond(study: Study, found: Sequence[Panel]) -> Figure | None:
             look = looks[_series(point)]
             further = at > point.seq_len
             panel.plot(at, values, **look)
-            panel.plot(at[further], values[further], **{**look, "ls": "", "label": None}, mfc="w")
+            hollow = {**look, "ls": "", "label": None, "fillstyle": "full", "mfc": "w"}
+            panel.plot(at[further], values[further], **hollow)
         for n in sorted({point.seq_len for point, _, _ in curves}):
             panel.axvline(n, color="0.4", lw=0.8, ls=":", label="trained at", zorder=0)
         _chance_line(panel, [point for point, _, _ in curves])

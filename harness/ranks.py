@@ -111,7 +111,7 @@ def launch(request: Mapping[str, Any], count: int) -> dict[str, Any]:
         count: of ranks.
 
     Raises:
-        RankDiedError: one died; the message is its last line.
+        RankDiedError: one died; the message is its exit code, and the first error told.
     """
     with tempfile.TemporaryDirectory(prefix="seqscale-") as folder:
         asked, replied = Path(folder) / "request.json", Path(folder) / "reply.json"
@@ -138,11 +138,17 @@ def launch(request: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _why(printed: str) -> str:
-    """How the rank that failed first ended, as torchrun says last, and the first error told."""
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    ends = [" ".join(line.split()) for line in lines if line.startswith("exitcode")]
+    """What torchrun and the ranks say of the end: of one that was killed, or the first error.
+
+    Where one is killed the others fail for want of it, and may be seen first. What torchrun itself
+    ends it sends SIGTERM.
+    """
+    lines = [" ".join(line.split()) for line in printed.splitlines() if line.strip()]
+    ends = [line for line in lines if line.startswith("exitcode : ")]
+    killed = [line for line in ends if line.startswith("exitcode : -") and " -15 " not in line]
     errors = [line for line in lines if ERROR.match(line) and "ChildFailedError" not in line]
-    return "; ".join(ends[-1:] + errors[:1] or lines[-1:] or ["it said nothing"])
+    said = killed[:1] or ends[-1:] + errors[:1] or lines[-1:] or ["it said nothing"]
+    return "; ".join(said)
 
 
 def main() -> None:
