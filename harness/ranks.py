@@ -145,7 +145,7 @@ def _why(printed: str) -> str:
     """
     lines = [" ".join(line.split()) for line in printed.splitlines() if line.strip()]
     ends = [line for line in lines if line.startswith("exitcode : ")]
-    killed = [line for line in ends if line.startswith("exitcode : -") and " -15 " not in line]
+    killed = [line for line in ends if "(SIG" in line and "(SIGTERM)" not in line]
     errors = [line for line in lines if ERROR.match(line) and "ChildFailedError" not in line]
     said = killed[:1] or ends[-1:] + errors[:1] or lines[-1:] or ["it said nothing"]
     return "; ".join(said)

@@ -359,7 +359,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(corpus, place, monkeypatch):
         ranks.launch(requested(corpus, place), 2)
     mark = place / "mark"
     assert time.time() - mark.stat().st_mtime < 20
-    assert str(error.value) == f"exitcode : -9 (pid: {mark.read_text()})"
+    assert str(error.value) == f"exitcode : -9 (pid: {mark.read_text()}) (SIGKILL)"
     assert "\n" not in str(error.value)
     assert alive(place) == []
 
@@ -407,7 +407,7 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 harness.ranks FAILED
 Failures:
 [1]:
-  exitcode  : -15 (pid: 7037)
+  exitcode  : -15 (pid: 7037) (SIGTERM)
 Root Cause (first observed failure):
 [0]:
   exitcode  : 1 (pid: 7036)
@@ -420,7 +420,10 @@ Root Cause (first observed failure):
     ("printed", "told"),
     [
         (REPORT, "exitcode : 1 (pid: 7036); ZeroDivisionError: a bug"),
-        (REPORT.replace("exitcode  : -15", "exitcode  : -9"), "exitcode : -9 (pid: 7037)"),
+        (
+            REPORT.replace("-15 (pid: 7037) (SIGTERM)", "-9 (pid: 7037) (SIGKILL)"),
+            "exitcode : -9 (pid: 7037) (SIGKILL)",
+        ),
         ("torch.OutOfMemoryError: out of memory\nend", "torch.OutOfMemoryError: out of memory"),
         ("one\n  two \n\n", "two"),
         ("", "it said nothing"),
