@@ -178,6 +178,16 @@ def test_the_entropies_are_those_of_the_validation_text(corpus, monkeypatch):
     assert pair < one
 
 
+def test_weights_are_drawn_from_the_seed(corpus):
+    def weights(**fields):
+        return loss.build_model(case_of(corpus, **fields), 256, 64, "cpu").state_dict()
+
+    one, same, other = weights(), weights(learning_rates=1e-3, tokens=640), weights(seeds=1)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    for name in ("embedding.weight", "blocks.0.in_proj.weight", "blocks.1.in_proj.weight"):
+        assert not torch.equal(one[name], other[name])
+
+
 def test_hyena_has_room_for_the_longest_length(corpus, monkeypatch):
     *_, model = measured(case_of(corpus, "hyena"), monkeypatch)
     assert {block.config.max_len for block in model.blocks} == {64}

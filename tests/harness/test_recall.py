@@ -104,8 +104,16 @@ def test_what_is_recorded_of_a_run(really_timed):
     json.dumps([metrics, samples], allow_nan=False)
 
 
-def test_the_forward_pass_is_timed_over_the_batch_and_told_for_a_sequence():
+def test_the_forward_pass_is_timed_over_the_batch_and_told_for_a_sequence(monkeypatch):
+    observe, sizes = recall.timing.observe, []
+
+    def watch(call, **options):
+        sizes.append(len(call()))
+        return observe(call, **options)
+
+    monkeypatch.setattr(recall.timing, "observe", watch)
     metrics, _ = measured(SHORT)
+    assert sizes == [16]
     assert metrics["forward_time_ms_p50_a_sequence"] == 8.0
     assert metrics["forward_foreign_load"] == 0.25
 
@@ -261,7 +269,11 @@ def test_the_decoder_reads_the_last_output_and_the_position_alone(monkeypatch):
     assert (right[:, 1:] - right[:, :-1]).abs().amax((0, 2)).min() > 1e-4
 
 
-def test_compression_is_trained_through_the_decoder_and_tested_at_other_lengths():
+def test_compression_is_trained_through_the_decoder_and_tested_at_other_lengths(monkeypatch):
+    decoder, built = recall.PositionDecoder, []
+    monkeypatch.setattr(
+        recall, "PositionDecoder", lambda *args: built.append(decoder(*args)) or built[-1]
+    )
     grid = replace(
         EASY, tasks="compression", settings={"vocab_size": 3}, lengths=4, evaluate_at=[3, 6]
     )
@@ -270,6 +282,9 @@ def test_compression_is_trained_through_the_decoder_and_tested_at_other_lengths(
     assert metrics["accuracy"] > 0.9
     assert samples["evaluated_at"] == [3, 4, 6]
     assert metrics["queries"] == 3 * recall.TEST_SEQUENCES
+    (used,) = built
+    assert used.enter.weight.grad.abs().sum() > 0
+    assert used.model.embedding.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("width", [6, 7])
