@@ -80,7 +80,8 @@ def in_its_own_types(operation: Callable[..., Any]) -> Callable[..., Any]:
     def called(*arguments: Any, **options: Any) -> Any:
         tensors = (x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor))
         device = next(tensors).device.type
-        if not torch.is_autocast_enabled(device):
+        # PyTorch refuses to say it of devices that have no autocast, as meta.
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return operation(*arguments, **options)
         with torch.autocast(device, enabled=False):
             return operation(*arguments, **options)

@@ -54,6 +54,11 @@ def test_an_operation_keeps_its_types_and_autocast_goes_on_around_it():
     assert product(x, x).dtype == torch.float32
 
 
+def test_an_operation_runs_where_there_is_no_autocast():
+    x = torch.randn(4, 4, device="meta")
+    assert product(x, x).device.type == "meta"
+
+
 def test_the_filters_of_hyena_are_formed_in_float32():
     from archs import build_block
 
