@@ -7,7 +7,6 @@ and what has been recorded so far. Batches follow from seed and step, so no gene
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from harness.record import replacing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
@@ -29,18 +30,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = save(dict(tensors), {"about": json.dumps(about, allow_nan=False)})
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None
-        raise
+    with replacing(path) as file:
+        file.write(data)
 
 
 def read(path: Path, written_by: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

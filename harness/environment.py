@@ -22,7 +22,10 @@ FINGERPRINT = (
 
 FOREIGN_LOAD = 0.5  # of our cores that others may use before a time counts as disturbed
 # The modules of the harness that decide what is measured, and how, by kind of cell.
-TRAINING = ("harness.ranks", "harness.timing", "harness.training", "harness.trial")
+TRAINING = (
+    "harness.checkpoint", "harness.ranks", "harness.sizes", "harness.timing", "harness.training",
+    "harness.trial",
+)  # fmt: skip
 TEXT = ("harness.corpus", "harness.data", "harness.documents", "harness.token_file")
 MEASURING = {
     "cost": ("harness.op_inputs", "harness.subjects", "harness.timing", "harness.workload"),

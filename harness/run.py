@@ -243,7 +243,7 @@ class Launcher:
                 case=case.asked(),
                 ceilings=self.ceilings,
                 energy=self.settings.energy,
-                checkpoint=str((self.checkpoints / f"{case.key}.safetensors").resolve()),
+                checkpoint=str(_checkpoint(self.checkpoints, case).resolve()),
                 checkpoint_every_s=self.settings.checkpoint_every_s,
             )
         except WorkerFailedError as failure:
@@ -466,6 +466,8 @@ def run_cells(
             compared = len(group) > 1
             for found in launcher.compare(group) if compared else [launcher.measure(group[0])]:
                 directory.write(found)
+                if found.status in HEALTHY:  # a fault's is kept, to go on from
+                    _checkpoint(checkpoints, found.case).unlink(missing_ok=True)
                 on_finish(found, False)
         if dtypes:
             report |= _end_of_session(launcher, dtypes)
@@ -492,6 +494,11 @@ def stands(measurement: Measurement, here: Mapping[str, Any], settings: Settings
     if measurement.status == "timeout" and before.get("time_limit_s", 0) < settings.time_limit_s:
         return False
     return before.get("code_hash") == here["code_hash"]
+
+
+def _checkpoint(folder: Path, case: Case) -> Path:
+    """Where the checkpoint of a training run lies."""
+    return folder / f"{case.key}.safetensors"
 
 
 def _code(case: Case) -> tuple[str, str, str, str]:

@@ -1,11 +1,17 @@
 """Model sizes: a width, or a parameter count that every architecture is matched to."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from archs import LanguageModel
+    from harness.record import Case
 
 TOLERANCE = 0.01  # a matched size misses its target by at most this share
 DEPTH = 2  # blocks of a model whose size is a width
@@ -101,6 +107,24 @@ def shape_of(arch: str, size: str, vocab_size: int = 256) -> Shape:
     if match and match["depth"]:
         depth = len(expand_pattern(arch, int(match["depth"])))
     return Shape(number, depth, width_fields(size))
+
+
+def model_of(case: Case, shape: Shape, vocab_size: int, max_len: int) -> LanguageModel:
+    """The model of a case in float32 on the CPU, its weights drawn from the seed."""
+    import torch
+
+    from archs import build_model
+
+    torch.manual_seed(case.seed)
+    return build_model(
+        case.arch,
+        width=shape.width,
+        depth=shape.depth,
+        vocab_size=vocab_size,
+        max_len=max_len,
+        backend=case.backend,
+        options={case.arch: shape.fields} if shape.fields else None,
+    )
 
 
 def match_sizes(

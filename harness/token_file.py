@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.corpus import UNITS, Corpus, Stream, pin
-from harness.record import write_atomically
+from harness.record import replacing, write_atomically
 
 SCHEMA = 1
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
@@ -52,21 +51,11 @@ def write(path: Path, corpus: Corpus) -> None:
     Raises:
         OSError: disk full or no permission; no temporary file is left.
     """
-    temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
-    try:
-        with temporary.open("wb") as file:
-            for part in (corpus.train, corpus.validation):
-                file.write(part.data)
-                digest.update(part.data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk names none, the others the temporary file
-            error.filename, error.filename2 = str(path), None
-        raise
+    with replacing(path) as file:
+        for part in (corpus.train, corpus.validation):
+            file.write(part.data)
+            digest.update(part.data)
     about = {
         "schema": SCHEMA,
         "unit": corpus.unit,

@@ -14,7 +14,7 @@ from archs.block import train_flops
 from harness import memory, timing
 from harness.ranks import Ranks
 from harness.record import Case
-from harness.sizes import shape_of
+from harness.sizes import model_of, shape_of
 from harness.training import Keeping, Trained
 
 Metrics = dict[str, Any]
@@ -52,18 +52,9 @@ def build_model(
     case: Case, vocab_size: int, max_len: int, device: torch.device | str
 ) -> archs.LanguageModel:
     """The model of a case in float32, its weights drawn from the seed, alike on every device."""
-    shape = shape_of(case.arch, case.size, vocab_size)
-    torch.manual_seed(case.seed)
-    model = archs.build_model(
-        case.arch,
-        width=shape.width,
-        depth=shape.depth,
-        vocab_size=vocab_size,
-        max_len=max_len,
-        backend=case.backend,
-        options={case.arch: shape.fields} if shape.fields else None,
+    return model_of(case, shape_of(case.arch, case.size, vocab_size), vocab_size, max_len).to(
+        device
     )
-    return model.to(device)
 
 
 def accounted(model: archs.LanguageModel, case: Case) -> dict[str, int]:

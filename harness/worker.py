@@ -113,19 +113,15 @@ def _measure(
 def _trained(
     settings: dict[str, Any], asked: Case, kept: dict[str, Any], plans: dict[str, Any]
 ) -> dict[str, Any]:
-    """What comes of a training run, here or in processes that share it; its checkpoint is gone."""
+    """What comes of a training run, here or in processes that share it."""
     from harness import ranks
 
     device, count = settings["device"], asked.options.get("ranks", 1)
     if count > 1:
         request = {"case": asked.asked(), "kept": kept, "device": device}
         result = attempt(lambda: (ranks.launch(request, count), {}))
-        result = result["metrics"] if result["status"] == "ok" else result
-    else:
-        result = measured(asked, kept, ranks.Ranks(device), plans, _reporter(settings["answer"]))
-    if result["status"] in ("ok", "diverged"):  # a fault's is kept, to go on from
-        Path(kept["path"]).unlink(missing_ok=True)
-    return result
+        return result["metrics"] if result["status"] == "ok" else result
+    return measured(asked, kept, ranks.Ranks(device), plans, _reporter(settings["answer"]))
 
 
 def _reporter(answer: TextIO) -> Callable[[float], None]:

@@ -30,7 +30,7 @@ from harness.correctness import ALLOWED_ERROR
 from harness.op_inputs import OPS, PEER_OPS, Op, Operation, Randn
 from harness.peers import Peer, StandIn
 from harness.record import AGAIN, OURS, Case
-from harness.sizes import shape_of
+from harness.sizes import model_of, shape_of
 from harness.subjects import BlockSubject, ModelSubject, Subject
 from harness.sweep import OPERATIONS, PHASES
 
@@ -78,17 +78,7 @@ def build_model(case: Case, max_len: int, device: str = "cpu") -> archs.Language
     Raises:
         NotImplementedError: the case's implementation cannot run here, or stands in for nothing.
     """
-    shape = shape_of(case.arch, case.size)
-    torch.manual_seed(case.seed)
-    model = archs.build_model(
-        case.arch,
-        width=shape.width,
-        depth=shape.depth,
-        vocab_size=VOCAB_SIZE,
-        max_len=max_len,
-        backend=case.backend,
-        options={case.arch: shape.fields} if shape.fields else None,
-    )
+    model = model_of(case, shape_of(case.arch, case.size), VOCAB_SIZE, max_len)
     if (peer := _peer(case, device)) is not None:
         peers.stand_in(peer, [block for block in model.blocks if isinstance(block, Block)])
     return model.to(device, _dtype(case))

@@ -1,8 +1,11 @@
 """`seqscale loss`, `recall` and `prepare`."""
 
+import errno
 import json
 
 import pytest
+
+from harness.record import RunDirectory
 
 TEXT = "the quick brown fox jumps over the lazy dog, and so on and on.\n" * 400
 LOSS = """
@@ -57,6 +60,22 @@ def test_losses_are_measured_shown_and_resumed(folder, here):
     assert "2 of 2 cells were there already" in err
     assert json.loads(out)["statuses"] == {"ok": 2}
     assert sorted((folder / "runs/loss/records").iterdir()) == records
+
+
+def test_a_checkpoint_stays_until_the_record_is_there(folder, here, monkeypatch):
+    def full(self, measurement):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs")
+
+    command = ("loss", "loss.toml", "--length", "32", "--checkpoint-every", "0")
+    kept = folder / "runs/loss/checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write", full)
+        assert here(*command)[0] == 5
+    assert len(list(kept.iterdir())) == 1
+    assert here(*command)[0] == 0
+    (path,) = (folder / "runs/loss/records").iterdir()
+    assert json.loads(path.read_text())["samples"]["resumed_at_step"] == [8]
+    assert list(kept.iterdir()) == []
 
 
 def test_recall_is_measured(folder, here):
