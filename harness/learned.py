@@ -24,7 +24,7 @@ from harness.laws import Array
 from harness.loss_laws import FEWEST_SEEDS, Interval
 from harness.points import CONFIDENCE
 from harness.record import CANONICAL, Measurement
-from harness.sizes import TOLERANCE, WIDTH
+from harness.sizes import TOLERANCE, WIDTH, width_fields
 from harness.sweep import in_order
 
 VALUE = {"loss": "val_loss_bits_per_byte", "recall": "accuracy"}  # what a run of a kind is for
@@ -54,6 +54,7 @@ APART = {
     "loss": ("corpus", "unit", "tokens", "validation_tokens", "validation_block", "evaluate_at"),
     "recall": ("task", "steps", "stop_at", "evaluate_at"),
 }
+SIZED = {"head_dim": "heads of", "d_state": "N ="}  # what a size says beside the width
 POINT = ("arch", "size", "seq_len", "batch", "asked")
 
 
@@ -111,6 +112,7 @@ class Point:
         seq_len: T of the training sequences.
         batch: sequences a step.
         settings: of the task; empty for losses.
+        block: fields of its blocks' `Config` that were given.
         rates: every learning rate, rising.
     """
 
@@ -120,7 +122,14 @@ class Point:
     seq_len: int
     batch: int
     settings: Mapping[str, Any]
+    block: Mapping[str, Any]
     rates: tuple[Rate, ...]
+
+    @property
+    def variant(self) -> str:
+        """The heads, the state and the fields of its blocks that were given, in words."""
+        sized = [f"{SIZED[name]} {value}" for name, value in width_fields(self.size).items()]
+        return ", ".join([*sized, *filter(None, [said_block(self.block)])])
 
     @cached_property
     def best(self) -> Rate | None:
@@ -204,6 +213,7 @@ class Study:
                     seq_len=int(case["seq_len"]),
                     batch=int(case["batch"]),
                     settings=json.loads(case["settings"]),
+                    block=json.loads(case["block"]),
                     rates=tuple(Rate(float(str(rate)), of_rate) for rate, of_rate in rates),
                 )
             )
@@ -216,6 +226,7 @@ class Study:
                 p.seq_len,
                 _rank(p.settings),
                 order.index(p.arch),
+                said_block(p.block),
             ),
         )
 
@@ -253,6 +264,11 @@ class Study:
         """The settings of the task that are not the same in all points."""
         names = dict.fromkeys(name for point in self.points for name in point.settings)
         return [n for n in names if len({str(p.settings.get(n)) for p in self.points}) > 1]
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields of blocks that were given at some point."""
+        return list(dict.fromkeys(name for point in self.points for name in point.block))
 
     @property
     def several_sizes(self) -> bool:
@@ -305,17 +321,19 @@ def runs(cells: pd.DataFrame) -> pd.DataFrame:
     """The training runs among the rows of `harness.report.frame`, their options as columns.
 
     The column value is the loss in bits a byte, or the accuracy; null where the run did not finish.
-    asked holds all options but the learning rate, settings those of the task, as JSON.
+    asked holds all options but the learning rate, settings those of the task, block the fields of
+    the blocks, as JSON.
     """
     if cells.empty:
         return cells
     part = cells[cells["kind"].isin(VALUE)].reset_index(drop=True)
     options = [json.loads(text) for text in part["options"]]
-    names = [*OPTIONS, "settings", "evaluate_at", "asked"]
+    names = [*OPTIONS, "settings", "block", "evaluate_at", "asked"]
     part = part.drop(columns=[name for name in names if name in part])
     added = {name: [o.get(name, default) for o in options] for name, default in OPTIONS.items()}
     added |= {
         "settings": [CANONICAL.encode(o.get("settings", {})) for o in options],
+        "block": [CANONICAL.encode(o.get("block", {})) for o in options],
         "evaluate_at": [CANONICAL.encode(o.get("evaluate_at", [])) for o in options],
         "asked": [CANONICAL.encode(_without_rate(o)) for o in options],
     }
@@ -427,6 +445,11 @@ def said_size(study: Study) -> str:
     return " / ".join(size_in_words(size) for size in sizes)
 
 
+def said_block(block: Mapping[str, Any]) -> str:
+    """Fields of blocks in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in block.items())
+
+
 def size_in_words(size: str) -> str:
     """A size of a case: "d64" is "width 64", "1M" is "1M parameters"."""
     match = WIDTH.fullmatch(size)
@@ -446,7 +469,7 @@ def model_size(size: str) -> str:
 
 def _identity(study: Study, point: Point) -> dict[str, Any]:
     own = {"arch": point.arch, "size": point.size, "seq_len": point.seq_len, "batch": point.batch}
-    return {"kind": study.kind, **study.common, **own, **point.settings}
+    return {"kind": study.kind, **study.common, **own, **point.settings, **point.block}
 
 
 def _without_rate(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,10 @@ from harness.figures import (
     styles_of,
 )
 from harness.laws import Array
-from harness.learned import Point, Study, model_size, said_size
+from harness.learned import Point, Study, model_size, said_block, said_size
 from harness.learned_laws import length_law
 from harness.loss_laws import LossLaw
 from harness.report import number
-from harness.sizes import width_fields
 from harness.sweep import in_order
 
 MOST = 9  # panels of a figure: what a page has room for
@@ -39,6 +38,7 @@ LABEL = {"loss": "validation loss, bits a byte", "recall": "accuracy"}
 ENTROPY = "bigram entropy of the text"
 FILLS = ("full", "left", "bottom", "right", "top")  # of an architecture's several heads and states
 TERA = 1e12
+Series = tuple[str, str, str]  # architecture, size, variant
 ROOM = 0.1  # least share of the loss that is shown above the trained models
 
 CURVES = "Lines: means over seeds at the best learning rate; dots: seeds; bars: 95 %, Student's t."
@@ -354,7 +354,8 @@ def against(study: Study, axis: str, points: Sequence[Point]) -> Figure:
 def cost(study: Study, points: Sequence[Point]) -> Figure | None:
     """Accuracy against the state and the forward time of a sequence, a marker a model.
 
-    None where neither is known. A line joins the sizes of an architecture, by rising state.
+    None where neither is known. A line joins the sizes of an architecture with the same fields of
+    its blocks, by rising state.
     """
     timed = "forward_time_ms_p50_a_sequence"
     columns = {"state_bytes": "state a sequence, KiB", timed: "forward pass, ms a sequence"}
@@ -367,14 +368,17 @@ def cost(study: Study, points: Sequence[Point]) -> Figure | None:
     sizes = list(dict.fromkeys(model_size(p.size) for p in sorted(points, key=_params)))
     for panel, column in zip(axes, kept, strict=True):
         unit = 1024 if column == "state_bytes" else 1
-        for arch in in_order(point.arch for point in known[column]):
-            mine = [p for p in known[column] if p.arch == arch]
+        for (arch, given), mine in _by_block(known[column]).items():
             mine.sort(key=lambda p: (p.mean_of("state_bytes"), p.mean_of(column)))
             x = [point.mean_of(column) / unit for point in mine]
             y = [point.interval.value for point in mine]
-            look = {**styles[arch], "lw": 0.7}
+            blocks = list(
+                dict.fromkeys(block for other, block in _by_block(points) if other == arch)
+            )
+            fill = FILLS[blocks.index(given) % len(FILLS)]
+            look = {**styles[arch], "lw": 0.7, "fillstyle": fill}
             panel.plot(x, y, **{**look, "marker": ""})
-            panel.plot([], [], label=label_of(arch), **look)
+            panel.plot([], [], label=label_of(arch) + _comma(given), **look)
             for at, height, point in zip(x, y, mine, strict=True):
                 size = _marker_size(sizes, model_size(point.size))
                 hollow = column == timed and _disturbed(point, "forward_foreign_load")
@@ -387,6 +391,16 @@ def cost(study: Study, points: Sequence[Point]) -> Figure | None:
     _size_legend(axes[0], sizes)
     legend(figure, *axes)
     return figure
+
+
+def _by_block(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
+    """The points of each architecture, by the fields of its blocks that were given."""
+    found: dict[tuple[str, str], list[Point]] = {}
+    for arch in in_order(point.arch for point in points):
+        for point in points:
+            if point.arch == arch:
+                found.setdefault((arch, said_block(point.block)), []).append(point)
+    return found
 
 
 def _params(point: Point) -> float:
@@ -470,38 +484,31 @@ def _label_rows(axes: Sequence[Axes], label: str) -> None:
         panel.set_ylabel(label)
 
 
-def _looks(study: Study, points: Sequence[Point]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Style and label of each architecture and size.
+def _looks(study: Study, points: Sequence[Point]) -> dict[Series, dict[str, Any]]:
+    """Style and label of each architecture, size and variant.
 
     Models of one width are told apart by the filling of their markers; other sizes look alike.
     """
     styles = styles_of(study.archs)
     looks = {}
     for arch in in_order(point.arch for point in points):
-        sizes = list(dict.fromkeys(point.size for point in points if point.arch == arch))
-        variants = list(dict.fromkeys(map(_variant, sizes)))
-        several = len(sizes) > len(set(map(model_size, sizes)))
-        for size in sizes:
-            variant = _variant(size)
-            label = label_of(arch) + (f", {variant}" if several and variant else "")
-            fill = FILLS[variants.index(variant) % len(FILLS)] if several else FILLS[0]
-            looks[arch, size] = {**styles[arch], "label": label, "fillstyle": fill}
+        mine = [point for point in points if point.arch == arch]
+        variants = list(dict.fromkeys(point.variant for point in mine))
+        several = len(variants) > 1
+        for point in mine:
+            label = label_of(arch) + (f", {point.variant}" if several and point.variant else "")
+            fill = FILLS[variants.index(point.variant) % len(FILLS)] if several else FILLS[0]
+            looks[_series(point)] = {**styles[arch], "label": label, "fillstyle": fill}
     return looks
 
 
-def _variant(size: str) -> str:
-    """The heads and the state that a size gives beside the width, in words."""
-    names = {"head_dim": "heads of", "d_state": "N ="}
-    return ", ".join(f"{names[name]} {value}" for name, value in width_fields(size).items())
+def _series(point: Point) -> Series:
+    return point.arch, point.size, point.variant
 
 
-def _series(point: Point) -> tuple[str, str]:
-    return point.arch, point.size
-
-
-def _joined(points: Sequence[Point], axis: str = "seq_len") -> dict[tuple[str, str], list[Point]]:
-    """The points of each architecture and size, along an axis."""
-    found: dict[tuple[str, str], list[Point]] = {}
+def _joined(points: Sequence[Point], axis: str = "seq_len") -> dict[Series, list[Point]]:
+    """The points of each architecture, size and variant, along an axis."""
+    found: dict[Series, list[Point]] = {}
     for point in sorted(points, key=lambda point: _value(point, axis)):
         found.setdefault(_series(point), []).append(point)
     return found

@@ -87,15 +87,16 @@ class Case:
     @property
     def _trial_label(self) -> str:
         """One line for people of a training run."""
-        settings = self.options.get("settings", {})
-        task = " ".join(
-            [self.options.get("task", self.kind), *(f"{k}={v}" for k, v in settings.items())]
-        )
+        task = " ".join([self.options.get("task", self.kind), *self._given("settings")])
+        arch = " ".join([self.arch, *self._given("block")])
         return (
-            f"{self.arch} {task} T={self.seq_len} B={self.batch} {self.size} {self.dtype} "
+            f"{arch} {task} T={self.seq_len} B={self.batch} {self.size} {self.dtype} "
             f"{self.backend}, {self.options.get('steps')} steps at "
             f"{self.options.get('learning_rate')}, seed {self.seed}"
         )
+
+    def _given(self, option: str) -> list[str]:
+        return [f"{name}={value}" for name, value in self.options.get(option, {}).items()]
 
 
 # Made once: 100,000 records are read in seconds.

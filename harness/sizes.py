@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -87,8 +87,10 @@ def width_fields(size: str) -> dict[str, int]:
     return {name: int(found[name]) for name in ("head_dim", "d_state") if found.get(name)}
 
 
-def shape_of(arch: str, size: str, vocab_size: int = 256) -> Shape:
-    """The shape that a case's `size` names.
+def shape_of(
+    arch: str, size: str, vocab_size: int = 256, fields: Mapping[str, Any] | None = None
+) -> Shape:
+    """The shape that a case's `size` names, with further `Config` fields of its blocks.
 
     Where it is a width, the depth is `DEPTH`, for a hybrid rounded up to whole patterns, unless it
     says another: "d64l4" has four blocks.
@@ -96,17 +98,18 @@ def shape_of(arch: str, size: str, vocab_size: int = 256) -> Shape:
     Raises:
         ValueError: no such size, or a depth that a hybrid's pattern does not divide.
     """
+    fields = dict(fields or {})
     from archs.model import expand_pattern
 
     what, number = parse_size(size)
     if what == "params":
-        return match_sizes(number, [arch], vocab_size=vocab_size)[arch].shape
+        return match_sizes(number, [arch], vocab_size=vocab_size, fields=fields)[arch].shape
     pattern = len(expand_pattern(arch))
     match = WIDTH.fullmatch(size)
     depth = pattern * math.ceil(DEPTH / pattern)
     if match and match["depth"]:
         depth = len(expand_pattern(arch, int(match["depth"])))
-    return Shape(number, depth, width_fields(size))
+    return Shape(number, depth, width_fields(size) | fields)
 
 
 def model_of(case: Case, shape: Shape, vocab_size: int, max_len: int) -> LanguageModel:
@@ -128,27 +131,33 @@ def model_of(case: Case, shape: Shape, vocab_size: int, max_len: int) -> Languag
 
 
 def match_sizes(
-    target_params: int, archs: Sequence[str] = tuple(SCALING), *, vocab_size: int = 256
+    target_params: int,
+    archs: Sequence[str] = tuple(SCALING),
+    *,
+    vocab_size: int = 256,
+    fields: Mapping[str, Any] | None = None,
 ) -> dict[str, SizeMatch]:
     """The shapes at which architectures have `target_params` parameters, embedding and head too.
 
     Among all shapes within 1 % of the target the one nearest the architecture's customary
-    proportions is taken; the residual mismatch is in the result.
+    proportions is taken; the residual mismatch is in the result. `fields` of the blocks' `Config`
+    are held.
 
     Raises:
         ValueError: an architecture without a row in `SCALING`, or a target no shape comes near.
     """
-    return {arch: _match(arch, target_params, vocab_size) for arch in archs}
+    held = tuple(sorted((fields or {}).items()))
+    return {arch: _match(arch, target_params, vocab_size, held) for arch in archs}
 
 
 @cache
-def _match(arch: str, target: int, vocab_size: int) -> SizeMatch:
+def _match(arch: str, target: int, vocab_size: int, held: tuple[tuple[str, Any], ...]) -> SizeMatch:
     if arch not in SCALING:
         raise ValueError(f"no row for {arch!r} in harness.sizes.SCALING: give a width, as d256")
     for fields in SCALING[arch].variants:
         near = [
             (strangeness, match)
-            for strangeness, match in _candidates(arch, target, vocab_size, fields)
+            for strangeness, match in _candidates(arch, target, vocab_size, fields | dict(held))
             if abs(match.residual) <= TOLERANCE
         ]
         if near:
@@ -157,7 +166,7 @@ def _match(arch: str, target: int, vocab_size: int) -> SizeMatch:
 
 
 def _candidates(
-    arch: str, target: int, vocab_size: int, fields: dict[str, int]
+    arch: str, target: int, vocab_size: int, fields: Mapping[str, Any]
 ) -> Iterator[tuple[float, SizeMatch]]:
     """Shapes near the target, each with its distance from customary proportions."""
     row = SCALING[arch]

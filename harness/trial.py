@@ -52,9 +52,8 @@ def build_model(
     case: Case, vocab_size: int, max_len: int, device: torch.device | str
 ) -> archs.LanguageModel:
     """The model of a case in float32, its weights drawn from the seed, alike on every device."""
-    return model_of(case, shape_of(case.arch, case.size, vocab_size), vocab_size, max_len).to(
-        device
-    )
+    shape = shape_of(case.arch, case.size, vocab_size, case.options.get("block"))
+    return model_of(case, shape, vocab_size, max_len).to(device)
 
 
 def accounted(model: archs.LanguageModel, case: Case) -> dict[str, int]:

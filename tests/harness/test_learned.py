@@ -195,6 +195,16 @@ def test_what_varies_in_a_task_has_a_column_and_the_rest_is_in_the_title(tmp_pat
     assert header in learned_tables.markdown([study])
 
 
+def test_fields_of_blocks_have_columns(tmp_path):
+    slow = {"block": {"decay_max": 1.0}}
+    studies = found(tmp_path, [recall_run(), recall_run(accuracy=0.9, options=slow)])
+    text = learned_tables.markdown(studies)
+    assert "| architecture | decay_max | T | parameters | accuracy |" in text
+    assert "| Mamba-2 | as paper | 64 | 50,000 | 0.500 |" in text
+    assert "| Mamba-2 | 1 | 64 | 50,000 | 0.900 |" in text
+    assert learned.points(studies)["decay_max"].dropna().tolist() == [1.0]
+
+
 def test_a_law_along_the_lengths_takes_four_of_them(tmp_path):
     def runs(lengths):
         return [

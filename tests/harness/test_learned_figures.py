@@ -219,6 +219,23 @@ def test_accuracy_by_state_and_time(tmp_path):
     assert labels(drawn) == ["Mamba-2", "chance", "width 16", "width 64"]
 
 
+def test_models_with_other_fields_of_blocks_are_told_apart(tmp_path):
+    runs = [
+        recall_run(size=size, accuracy=state / 10, metrics={"state_bytes": 1024 * state}, **given)
+        for size, state in (("d64n8", 1), ("d64n16", 2))
+        for given in ({}, {"options": {"block": {"decay_max": 1.0}}, "settings": {"pairs": 4}})
+    ]
+    drawn = pictures(tmp_path, runs)
+    left, _ = drawn["cost"].figure.axes
+    joined = lines(left, marker="", linestyle="--")
+    assert joined == [[[1, 0.1], [2, 0.2]]] * 2  # one line for each
+    assert labels(drawn["cost"])[:2] == ["Mamba-2", "Mamba-2, decay max 1"]
+    fills = {line.get_fillstyle() for line in left.lines if line.get_label() == "Mamba-2"}
+    assert fills == {"full"}
+    fills = {line.get_fillstyle() for line in left.lines if "decay" in str(line.get_label())}
+    assert fills == {"left"}
+
+
 def test_more_panels_than_a_page_holds_are_several_figures(tmp_path):
     runs = [
         recall_run(rate=rate, settings={"pairs": pairs})

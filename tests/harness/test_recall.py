@@ -78,6 +78,23 @@ def test_a_run_that_solves_nothing_takes_all_its_steps():
     assert samples["watched_step"] == sorted({max(1, round(50 * i / 40)) for i in range(1, 41)})
 
 
+def test_the_blocks_have_the_fields_that_a_grid_gives(monkeypatch):
+    made = []
+
+    def build(*args):
+        made.append(build_model(*args))
+        return made[-1]
+
+    build_model = recall.build_model
+    monkeypatch.setattr(recall, "build_model", build)
+    given = {"decay_min": 0.5, "decay_max": 0.5}
+    for grid in (SHORT, replace(SHORT, block=given)):
+        measured(replace(grid, archs="mamba2", learning_rates=1e-9))
+    (official, given) = ({float(b.A_log.detach().exp()[0]) for b in m.blocks} for m in made)
+    assert all(1 <= decay <= 16 for decay in official)
+    assert [*given] == [pytest.approx(0.5)]
+
+
 def test_the_accuracy_that_ends_a_run_can_be_chosen():
     late, _ = measured(EASY)
     early, samples = measured(replace(EASY, stop_at=0.5))

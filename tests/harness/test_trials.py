@@ -123,6 +123,15 @@ def test_settings_of_a_task_are_part_of_the_identity_whether_said_or_not():
     assert other.options["settings"] == {**said, "pairs": 8}
 
 
+def test_fields_of_blocks_are_part_of_the_identity_and_of_the_label():
+    grid = RecallGrid(tasks="mqar", lengths=64, size="d64", batch=4, steps=10, archs="mamba2")
+    (default,) = trial_cells([grid])
+    (slow,) = trial_cells([replace(grid, block={"decay_min": 0.05, "decay_max": 1.0})])
+    assert "block" not in default.options  # records of before stay what they are
+    assert slow.key != default.key
+    assert slow.label.startswith("mamba2 decay_min=0.05 decay_max=1.0 mqar vocab_size=8192")
+
+
 def test_tasks_and_settings_multiply():
     grid = RecallGrid(
         tasks=["mqar", "in-context-recall"],
@@ -310,6 +319,30 @@ def test_an_unknown_architecture_is_told_the_nearest():
             {"tasks": "mqar", "size": "1M", "archs": "mamba2"},
             "no mamba2 within 1 % of 1000000 parameters: choose another size",
         ),
+        ({"block": 3}, "block must be a table, got 3"),
+        (
+            {"block": {"decay_mx": 1.0}, "archs": "mamba2"},
+            "unknown field of mamba2 at size d64 'decay_mx', expected one of conv_width, d_state, "
+            "decay_max, decay_min, dt_floor, dt_max, dt_min, expand, groups, head_dim, norm_eps; "
+            "did you mean 'decay_max'?",
+        ),
+        (
+            {"block": {"d_state": 8}, "archs": "mamba2", "size": "d64n16"},
+            "unknown field of mamba2 at size d64n16 'd_state', expected one of conv_width, "
+            "decay_max, decay_min, dt_floor, dt_max, dt_min, expand, groups, head_dim, norm_eps",
+        ),
+        (
+            {"block": {"decay_max": "1"}, "archs": "mamba2"},
+            "block: decay_max must be a number, or true or false, got '1'",
+        ),
+        (
+            {"block": {"decay_max": 0.5}, "archs": "mamba2"},
+            "mamba2 at size d64: decays need 0 < decay_min <= decay_max, got 1.0 and 0.5",
+        ),
+        (
+            {"block": {"kv_heads": 1}, "archs": "transformer+hyena"},
+            "a hybrid has blocks of several kinds: give block to one architecture",
+        ),
     ],
 )
 def test_a_recall_grid_that_cannot_be_is_refused_with_one_line(fields, said):
@@ -435,9 +468,11 @@ def test_narrowing_keeps_each_architecture_at_its_sizes():
         ["mamba2"],
     ]
     heads = replace(LOSS, archs="rwkv7", size="d64h16")
-    assert refusal(narrowed, [heads], archs=["hyena"]) == (
-        "the sweep has no such architecture at its sizes: give a size too"
-    )
+    given = replace(RECALL, archs="mamba2", block={"decay_max": 2.0})
+    for grid in (heads, given):
+        assert refusal(narrowed, [grid], archs=["hyena"]) == (
+            "the sweep has no such architecture at its sizes: give a size too"
+        )
 
 
 # Running
