@@ -211,6 +211,12 @@ def _parquet() -> Check:
     return Check("Parquet", found is not None, found or "not installed", "pip install pyarrow")
 
 
+def _datasets() -> Check:
+    found = installed_version("datasets")
+    said = f"{found}: corpora hf:NAME" if found else "not installed: no corpora hf:NAME"
+    return Check("datasets", found is not None, said, "pip install datasets")
+
+
 CHECKS: dict[str, Callable[[], Check]] = {
     "Python": _python,
     "PyTorch": _torch,
@@ -223,6 +229,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "CPU measuring": _peak,
     "load": _load,
     "Parquet": _parquet,
+    "datasets": _datasets,
 }
 
 

@@ -26,7 +26,7 @@ from harness.figures import (
 )
 from harness.laws import Array
 from harness.learned import Point, Study, model_size, said_block, said_size
-from harness.learned_laws import length_law
+from harness.learned_laws import FEWEST, length_law
 from harness.loss_laws import LossLaw
 from harness.report import number
 from harness.sweep import in_order
@@ -42,8 +42,9 @@ Series = tuple[str, str, str]  # architecture, size, variant
 ROOM = 0.1  # least share of the loss that is shown above the trained models
 
 CURVES = "Lines: means over seeds at the best learning rate; dots: seeds; bars: 95 %, Student's t."
+LAW = "Broad: the law E + A·T^-alpha; alpha, where the lengths determine it."
 SAID = {
-    "lengths": f"{CURVES} Broad: the law E + A·T^-alpha; alpha, where the lengths determine it.",
+    "lengths": CURVES,
     "pareto": (
         "Markers: means over seeds at the best learning rate. Thin: the loss on the way, on a part "
         "of the validation text. Hollow: other processes used the CPU meanwhile."
@@ -598,7 +599,12 @@ def _footer(study: Study, name: str) -> str:
     """How a figure was made."""
     seeds = _span(len(point.best.values) for point in study.finished if point.best)
     tried = _span(len(point.tried) for point in study.finished)
-    said = [SAID[name], f"Seeds a point: {seeds}; learning rates tried: {tried}."]
+    with_law = name == "lengths" and len(study.lengths) >= FEWEST
+    said = [
+        SAID[name],
+        *([LAW] if with_law else []),
+        f"Seeds a point: {seeds}; learning rates tried: {tried}.",
+    ]
     if failed := int(study.runs["value"].isna().sum()):
         said.append(f"{failed} of {len(study.runs)} runs did not finish.")
     if study.kind == "loss":

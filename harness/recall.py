@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from archs import LanguageModel
+from archs.block import train_flops
 from archs.model import ModelOutput
 from harness import tasks, timing, training
 from harness.record import Case
@@ -49,13 +50,14 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
         settings = options["settings"]
         return tasks.examples(options["task"], n, count, generator, settings, case.seed)
 
-    model = build_model(
-        case, tasks.vocab_size(options["task"], options["settings"]), max(lengths), ranks.device
-    )
-    answering = _answering(model, options, max(lengths), ranks.device)
     look = drawn(LOOK, 0, LOOK_SEQUENCES)
+    made: list[tuple[LanguageModel, nn.Module]] = []
 
     def run() -> Trained:
+        vocab_size = tasks.vocab_size(options["task"], options["settings"])
+        model = build_model(case, vocab_size, max(lengths), ranks.device)
+        answering = _answering(model, options, max(lengths), ranks.device)
+        made.append((model, answering))
         return training.train(
             answering,
             lambda step: drawn(TRAINING, step, case.batch),
@@ -67,8 +69,11 @@ def measure(case: Case, place: Place) -> tuple[Metrics, Samples]:
         )
 
     done, seen = observed(run, place)
+    ((model, answering),) = made
     right = [accuracy(answering, drawn(TEST, 0, TEST_SEQUENCES, n), place, recipe) for n in lengths]
     counted = accounted(model, case)
+    if isinstance(answering, PositionDecoder):
+        counted["step_flops"] += train_flops(answering.flops(case.batch * length))
     metrics: Metrics = {
         "accuracy": right[lengths.index(length)],
         "chance": tasks.chance(options["task"], options["settings"]),
@@ -108,6 +113,11 @@ class PositionDecoder(nn.Module):
         self.register_buffer("places", sinusoids(max_len, width), persistent=False)
         self.enter = nn.Linear(2 * width, 4 * width)
         self.leave = nn.Linear(4 * width, width)
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of the layers of its own, for every token asked for."""
+        own = (self.enter, self.leave)
+        return 2 * tokens * sum(layer.in_features * layer.out_features for layer in own)
 
     def forward(self, tokens: Tensor) -> ModelOutput:
         """`logits` (B, T, V) of every token of `tokens` (B, T)."""

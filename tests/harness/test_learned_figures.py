@@ -261,6 +261,14 @@ def test_the_footer_says_how_a_figure_was_made(tmp_path):
     assert "Seeds a point: 3; learning rates tried: 3. 1 of 7 runs did not finish." in footer
     assert "Corpus python-source, SHA-256 01234567; 131,072 tokens a run." in footer
     assert "a CPU, 2 threads" in footer
+    assert "the law" not in footer
+
+
+def test_the_footer_explains_a_law_where_there_are_lengths_for_one(tmp_path):
+    runs = [loss_run(length=n, loss=1.5 + 4 * n**-0.5) for n in (64, 128, 256, 512)]
+    drawn = pictures(tmp_path, runs)
+    assert learned_figures.LAW in drawn["lengths"].footer
+    assert learned_figures.LAW not in drawn["pareto"].footer
 
 
 def many():

@@ -121,6 +121,14 @@ def test_what_is_recorded_of_a_run(really_timed):
     json.dumps([metrics, samples], allow_nan=False)
 
 
+def test_the_weights_are_part_of_the_peak_memory(monkeypatch):
+    order, build, observed = [], recall.build_model, recall.observed
+    monkeypatch.setattr(recall, "build_model", lambda *a: order.append("built") or build(*a))
+    monkeypatch.setattr(recall, "observed", lambda *a: order.append("observed") or observed(*a))
+    measured(SHORT)
+    assert order == ["observed", "built"]
+
+
 def test_the_forward_pass_is_timed_over_the_batch_and_told_for_a_sequence(monkeypatch):
     observe, sizes = recall.timing.observe, []
 
@@ -287,10 +295,14 @@ def test_the_decoder_reads_the_last_output_and_the_position_alone(monkeypatch):
 
 
 def test_compression_is_trained_through_the_decoder_and_tested_at_other_lengths(monkeypatch):
-    decoder, built = recall.PositionDecoder, []
-    monkeypatch.setattr(
-        recall, "PositionDecoder", lambda *args: built.append(decoder(*args)) or built[-1]
-    )
+    built = []
+
+    class Kept(recall.PositionDecoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            built.append(self)
+
+    monkeypatch.setattr(recall, "PositionDecoder", Kept)
     grid = replace(
         EASY, tasks="compression", settings={"vocab_size": 3}, lengths=4, evaluate_at=[3, 6]
     )
@@ -302,6 +314,9 @@ def test_compression_is_trained_through_the_decoder_and_tested_at_other_lengths(
     (used,) = built
     assert used.enter.weight.grad.abs().sum() > 0
     assert used.model.embedding.weight.grad.abs().sum() > 0
+    width = used.model.embedding.embedding_dim
+    step = used.model.forward_flops(grid.batch, 4) + 2 * grid.batch * 4 * 12 * width**2
+    assert metrics["train_flops"] == metrics["steps_taken"] * 3 * step
 
 
 @pytest.mark.parametrize("width", [6, 7])
