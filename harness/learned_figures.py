@@ -42,7 +42,7 @@ Series = tuple[str, str, str]  # architecture, size, variant
 ROOM = 0.1  # least share of the loss that is shown above the trained models
 
 CURVES = "Lines: means over seeds at the best learning rate; dots: seeds; bars: 95 %, Student's t."
-LAW = "Broad: the law E + A·T^-alpha; alpha, where the lengths determine it."
+LAW = "Broad: the law E + A·T^-alpha, where losses fall; alpha, where the lengths determine it."
 SAID = {
     "lengths": CURVES,
     "pareto": (
@@ -174,7 +174,7 @@ def _by_length(axes: Axes, study: Study, looks: Mapping[Any, dict[str, Any]]) ->
         look = dict(looks[series])
         fitted = length_law(study, series[0])
         law = fitted.law if fitted is not None else None
-        if isinstance(law, LossLaw):
+        if isinstance(law, LossLaw) and law.falls:
             fine = np.geomspace(members[0].seq_len, members[-1].seq_len, 100)
             axes.plot(fine, law(fine), color=look["color"], lw=5, alpha=0.25, zorder=1)
             if not law.flags:

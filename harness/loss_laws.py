@@ -45,6 +45,7 @@ from harness.points import CONFIDENCE, TooFewPointsError
 
 EXPONENTS = (0.01, 4.0)  # bounds; beyond 4 a law that doubles x is its first point and a floor
 FEWEST_SEEDS = 3  # of an interval
+RISES = "does not fall with"  # begins a flag
 LEAST_THRESHOLD = 1e-3  # of Huber's loss, in log; Hoffmann et al. 2022, section 3.3
 EFFICIENT = 1.345  # Huber's threshold over the noise: 95 % efficient for normal noise
 CLIPPED = 0.7102  # mean of min(z², EFFICIENT²) for normal z
@@ -92,6 +93,11 @@ class LossLaw:
     residuals: Array
     flags: tuple[str, ...]
     seeds: int
+
+    @property
+    def falls(self) -> bool:
+        """Whether the losses fall with x: where they do not, the law describes nothing."""
+        return not any(flag.startswith(RISES) for flag in self.flags)
 
     def __call__(self, x: Any) -> Array:
         """The law's loss at each x."""
@@ -551,7 +557,7 @@ class _Fit:
         for term, (exponent, x) in enumerate(names):
             k = 1 + self._terms + term
             if slopes[term].mean() >= -ROUNDING:
-                found.append(f"does not fall with {x}")
+                found.append(f"{RISES} {x}")
             elif self._runs.seeds >= FEWEST_SEEDS and not _told_from_zero(slopes[term]):
                 found.append(f"falls with {x} by no more than the seeds' noise")
             bounded = self.theta[k] in EXPONENTS

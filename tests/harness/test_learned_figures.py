@@ -67,6 +67,13 @@ def test_loss_by_length_shows_means_seeds_intervals_law_and_entropy(tmp_path):
     assert "T = 512" in right.get_xlabel()
 
 
+def test_losses_that_rise_with_the_length_have_no_law(tmp_path):
+    runs = [loss_run(length=n, loss=2 + n / 1000) for n in (64, 128, 256, 512)]
+    drawn = pictures(tmp_path, runs)["lengths"]
+    assert lines(drawn.figure.axes[0], alpha=0.25) == []
+    assert labels(drawn)[0] == "Mamba-2"
+
+
 def test_under_three_seeds_there_are_no_bars_and_with_one_no_dots(tmp_path):
     for count in (1, 2):
         runs = [loss_run(length=n, seed=s) for n in (64, 128) for s in range(count)]
