@@ -339,7 +339,7 @@ def recall(
     device
         auto (an NVIDIA GPU where there is one), cpu or cuda.
     threads
-        CPU threads; default: all cores.
+        CPU threads; default: 1, as a second one slows small models down.
     time_limit
         Seconds that one run may take.
     checkpoint_every

@@ -367,16 +367,16 @@ def cost(study: Study, points: Sequence[Point]) -> Figure | None:
     figure, axes = panels(len(kept))
     styles = styles_of(study.archs)
     sizes = list(dict.fromkeys(model_size(p.size) for p in sorted(points, key=_params)))
+    blocks: dict[str, list[str]] = {}
+    for arch, given in _by_block(points):
+        blocks.setdefault(arch, []).append(given)
     for panel, column in zip(axes, kept, strict=True):
         unit = 1024 if column == "state_bytes" else 1
         for (arch, given), mine in _by_block(known[column]).items():
             mine.sort(key=lambda p: (p.mean_of("state_bytes"), p.mean_of(column)))
             x = [point.mean_of(column) / unit for point in mine]
             y = [point.interval.value for point in mine]
-            blocks = list(
-                dict.fromkeys(block for other, block in _by_block(points) if other == arch)
-            )
-            fill = FILLS[blocks.index(given) % len(FILLS)]
+            fill = FILLS[blocks[arch].index(given) % len(FILLS)]
             look = {**styles[arch], "lw": 0.7, "fillstyle": fill}
             panel.plot(x, y, **{**look, "marker": ""})
             panel.plot([], [], label=label_of(arch) + _comma(given), **look)

@@ -109,7 +109,7 @@ def _identifying(study: Study) -> Columns:
     if study.several_sizes:
         columns["size"] = lambda p: p.size
     for name in study.fields:
-        columns[name] = lambda p, name=name: f"{p.block[name]:g}" if name in p.block else "as paper"
+        columns[name] = lambda p, name=name: f"{p.block[name]:g}" if name in p.block else "-"
     columns["T"] = lambda p: f"{p.seq_len:,}"
     for name in study.varying:
         columns[name] = lambda p, name=name: str(p.settings.get(name, "-"))

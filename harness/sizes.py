@@ -98,9 +98,9 @@ def shape_of(
     Raises:
         ValueError: no such size, or a depth that a hybrid's pattern does not divide.
     """
-    fields = dict(fields or {})
     from archs.model import expand_pattern
 
+    fields = dict(fields or {})
     what, number = parse_size(size)
     if what == "params":
         return match_sizes(number, [arch], vocab_size=vocab_size, fields=fields)[arch].shape

@@ -338,7 +338,7 @@ LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
     ),
 }
 RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
-    # Ten minutes on two cores: a smoke run. Too small to rank anything: with eight pairs it ends
+    # Twelve minutes on one core: a smoke run. Too small to rank anything: with eight pairs it ends
     # before attention finds the keys, which in "cpu" it does.
     "quick": tuple(
         RecallGrid(
@@ -352,7 +352,7 @@ RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
             steps=steps,
             learning_rates=(1e-3, 5e-3),
         )
-        for length, pairs, batch, steps in ((64, 4, 16, 1200), (128, 8, 8, 1000))
+        for length, pairs, batch, steps in ((64, 4, 16, 1200), (128, 8, 8, 800))
         for archs, size, block in (
             (("transformer", "rwkv7", "hyena"), "d64", {}),
             ("mamba2", "d64h16n64", SLOW_DECAYS),
@@ -536,7 +536,8 @@ def run(
         out: run directory; records go to `out`/records, the table to `out`/cells.csv, checkpoints
             of runs that did not end to `out`/checkpoints.
         device: "cpu", "cuda", or "auto": an NVIDIA GPU where there is one.
-        threads: CPU threads for PyTorch; default: as it is.
+        threads: CPU threads for PyTorch; default: as it is, and 1 where all cells are of recall,
+            whose models a second thread slows down.
         time_limit_s: for one cell; one that takes longer is recorded as "timeout", and goes on from
             its checkpoint under a longer limit.
         checkpoint_every_s: seconds between checkpoints.
@@ -554,6 +555,8 @@ def run(
     for part in sweep:
         cells += [part] if isinstance(part, Case) else trial_cells([part], device)
     check_corpora(cells)
+    if threads is None and all(case.kind == "recall" for case in cells):
+        threads = 1
     settings = Settings(device, threads, time_limit_s, checkpoint_every_s=checkpoint_every_s)
     reporting |= {"on_start": on_start, "on_finish": on_finish}
     return into(Path(out), cells, settings, **reporting)

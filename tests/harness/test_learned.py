@@ -200,7 +200,7 @@ def test_fields_of_blocks_have_columns(tmp_path):
     studies = found(tmp_path, [recall_run(), recall_run(accuracy=0.9, options=slow)])
     text = learned_tables.markdown(studies)
     assert "| architecture | decay_max | T | parameters | accuracy |" in text
-    assert "| Mamba-2 | as paper | 64 | 50,000 | 0.500 |" in text
+    assert "| Mamba-2 | - | 64 | 50,000 | 0.500 |" in text
     assert "| Mamba-2 | 1 | 64 | 50,000 | 0.900 |" in text
     assert learned.points(studies)["decay_max"].dropna().tolist() == [1.0]
 

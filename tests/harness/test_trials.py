@@ -518,6 +518,21 @@ def test_a_corpus_that_cannot_be_is_refused_before_any_cell(tmp_path, nothing_ru
     assert not (tmp_path / "run").exists()
 
 
+def test_recall_has_one_thread_unless_another_number_is_given(tmp_path, monkeypatch):
+    asked = []
+
+    def into(out, cells, settings, **reporting):
+        asked.append(settings.threads)
+
+    monkeypatch.setattr(trials, "into", into)
+    grid = replace(RECALL, archs="mamba2")
+    corpus = text(tmp_path / "a.txt", "all is one and one is all\n" * 1000)
+    loss = replace(LOSS, archs="mamba2", corpus=corpus, validation_tokens=256, validation_block=32)
+    for sweep, threads in (([grid], None), ([grid], 2), ([grid, loss], None)):
+        trials.run(sweep, tmp_path, device="cpu", threads=threads)
+    assert asked == [1, 2, None]
+
+
 def test_a_negative_time_between_checkpoints_is_refused(tmp_path, nothing_runs):
     with pytest.raises(ValueError, match="between checkpoints"):
         trials.run([RECALL], tmp_path / "run", device="cpu", checkpoint_every_s=-1)
