@@ -528,8 +528,8 @@ def test_recall_has_one_thread_unless_another_number_is_given(tmp_path, monkeypa
     grid = replace(RECALL, archs="mamba2")
     corpus = text(tmp_path / "a.txt", "all is one and one is all\n" * 1000)
     loss = replace(LOSS, archs="mamba2", corpus=corpus, validation_tokens=256, validation_block=32)
-    for sweep, threads in (([grid], None), ([grid], 2), ([grid, loss], None)):
-        trials.run(sweep, tmp_path, device="cpu", threads=threads)
+    for grids, threads in (([grid], None), ([grid], 2), ([grid, loss], None)):
+        trials.run(grids, tmp_path, device="cpu", threads=threads)
     assert asked == [1, 2, None]
 
 
