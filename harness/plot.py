@@ -149,12 +149,17 @@ def _study_names(studies: Sequence[Study]) -> list[str]:
             for key in study.common
             if key not in keys and len({str(other.common[key]) for other in alike}) > 1
         ]
-        said = "_".join(str(study.common[key])[:LONGEST] for key in keys).replace(" / ", "_")
+        said = "_".join(_word(study.common[key])[:LONGEST] for key in keys).replace(" / ", "_")
         name = re.sub(r"[^\w.-]", "", f"{study.kind}_{said}")
         again = names.count(name)
         names.append(name)
         names[-1] += f"_{again + 1}" if again else ""
     return names
+
+
+def _word(value: object) -> str:
+    """A value as a word: a table holds whole numbers as 800.0 where one is missing."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _save(figure: Figure, path: Path, title: str, footer: str) -> list[Path]:

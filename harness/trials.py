@@ -349,10 +349,10 @@ RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
             size=size,
             block=block,
             batch=batch,
-            steps=steps,
+            steps=1000,
             learning_rates=(1e-3, 5e-3),
         )
-        for length, pairs, batch, steps in ((64, 4, 16, 1200), (128, 8, 8, 800))
+        for length, pairs, batch in ((64, 4, 16), (128, 8, 8))
         for archs, size, block in (
             (("transformer", "rwkv7", "hyena"), "d64", {}),
             ("mamba2", "d64h16n64", SLOW_DECAYS),

@@ -112,6 +112,15 @@ def test_files_of_alike_studies_have_different_names(tmp_path):
     assert max(map(len, names)) < 100
 
 
+def test_files_of_tasks_are_named_by_whole_numbers_of_steps(tmp_path):
+    runs = [
+        recall_run(length=n, options={"steps": steps}) for n in (32, 64) for steps in (800, 1000)
+    ]
+    write(tmp_path, [loss_run(), *runs])
+    names = [p.name for p in plot.draw(tmp_path).paths if p.name.startswith("recall")]
+    assert {name.partition("_by")[0] for name in names} == {"recall_mqar_800", "recall_mqar_1000"}
+
+
 def test_the_committed_records_of_before_are_drawn(tmp_path):
     drawn = plot.draw(Path(__file__).parents[2] / "results/cpu-2core/quick.jsonl", tmp_path)
     names = [path.name for path in drawn.paths]
