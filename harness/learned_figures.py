@@ -489,6 +489,7 @@ def _looks(study: Study, points: Sequence[Point]) -> dict[Series, dict[str, Any]
     """Style and label of each architecture, size and variant.
 
     Models of one width are told apart by the filling of their markers; other sizes look alike.
+    Fields of blocks that were given are always named: such a model is not its paper's.
     """
     styles = styles_of(study.archs)
     looks = {}
@@ -497,7 +498,7 @@ def _looks(study: Study, points: Sequence[Point]) -> dict[Series, dict[str, Any]
         variants = list(dict.fromkeys(point.variant for point in mine))
         several = len(variants) > 1
         for point in mine:
-            label = label_of(arch) + (f", {point.variant}" if several and point.variant else "")
+            label = label_of(arch) + _comma(point.variant if several else said_block(point.block))
             fill = FILLS[variants.index(point.variant) % len(FILLS)] if several else FILLS[0]
             looks[_series(point)] = {**styles[arch], "label": label, "fillstyle": fill}
     return looks

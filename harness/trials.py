@@ -338,8 +338,8 @@ LOSS_PRESETS: dict[str, tuple[LossGrid, ...]] = {
     ),
 }
 RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
-    # Fourteen minutes on one core: a smoke run. Too small to rank anything: with eight pairs it ends
-    # before attention finds the keys, which in "cpu" it does.
+    # Fourteen minutes on one core: a smoke run. Too small to rank anything: with eight pairs it
+    # ends before attention finds the keys, which in "cpu" it does.
     "quick": tuple(
         RecallGrid(
             archs=archs,

@@ -243,6 +243,18 @@ def test_models_with_other_fields_of_blocks_are_told_apart(tmp_path):
     assert fills == {"left"}
 
 
+def test_fields_of_blocks_are_named_where_no_other_model_has_others(tmp_path):
+    slow = {"options": {"block": {"decay_max": 1.0}}}
+    runs = [
+        recall_run(rate=rate, settings={"pairs": pairs}, **slow)
+        for rate in (1e-3, 2e-3)
+        for pairs in (2, 4)
+    ]
+    drawn = pictures(tmp_path, runs)
+    for name in ("by_pairs", "rates"):
+        assert labels(drawn[name])[0] == "Mamba-2, decay max 1"
+
+
 def test_more_panels_than_a_page_holds_are_several_figures(tmp_path):
     runs = [
         recall_run(rate=rate, settings={"pairs": pairs})
