@@ -146,8 +146,9 @@ def origin(part: pd.DataFrame) -> str:
     """Device, versions and commit of some cells; several of one are all named."""
     commits = sorted({str(commit or "none")[:10] for commit in part["commit"]})
     dirty = " (uncommitted changes)" if (part["dirty"] == True).any() else ""  # noqa: E712
+    threads = named(part, "threads")
     return (
-        f"{named(part, 'device')}, {named(part, 'threads')} threads · "
+        f"{named(part, 'device')}, {threads} {'thread' if threads == '1' else 'threads'} · "
         f"torch {named(part, 'torch')} · Python {named(part, 'python')} · "
         f"commit {', '.join(commits)}{dirty} · "
         f"seqscale {named(part, 'kind')}, seqscale plot"

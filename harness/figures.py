@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -177,6 +178,13 @@ def styles_of(archs: Sequence[str]) -> dict[str, dict[str, Any]]:
     others = [arch for arch in archs if arch not in STYLES]
     spare = {arch: OTHER_STYLES[i % len(OTHER_STYLES)] for i, arch in enumerate(others)}
     return {**STYLES, **spare}
+
+
+def tint(color: str, share: float) -> str:
+    """A colour with so much white in it; the same where that is none."""
+    if share == 0:
+        return color
+    return to_hex((1 - share) * np.array(to_rgb(color)) + share)
 
 
 def _styled(comparison: Comparison) -> list[tuple[Curve, dict[str, Any]]]:

@@ -23,6 +23,7 @@ from harness.figures import (
     mark_logarithmic,
     panels,
     styles_of,
+    tint,
 )
 from harness.laws import Array
 from harness.learned import Point, Study, model_size, said_block, said_size
@@ -36,6 +37,7 @@ COLUMNS = 3  # of panels that go by length or setting
 SMOOTHED = 50  # a training loss is averaged over a run's steps / 50
 LABEL = {"loss": "validation loss, bits a byte", "recall": "accuracy"}
 ENTROPY = "bigram entropy of the text"
+PALEST = 0.75
 FILLS = ("full", "left", "bottom", "right", "top")  # of an architecture's several heads and states
 TERA = 1e12
 Series = tuple[str, str, str]  # architecture, size, variant
@@ -488,8 +490,8 @@ def _label_rows(axes: Sequence[Axes], label: str) -> None:
 def _looks(study: Study, points: Sequence[Point]) -> dict[Series, dict[str, Any]]:
     """Style and label of each architecture, size and variant.
 
-    Models of one width are told apart by the filling of their markers; other sizes look alike.
-    Fields of blocks that were given are always named: such a model is not its paper's.
+    Models of one width are told apart by tint and by the filling of their markers; other sizes look
+    alike. Fields of blocks that were given are always named: such a model is not its paper's.
     """
     styles = styles_of(study.archs)
     looks = {}
@@ -499,8 +501,13 @@ def _looks(study: Study, points: Sequence[Point]) -> dict[Series, dict[str, Any]
         several = len(variants) > 1
         for point in mine:
             label = label_of(arch) + _comma(point.variant if several else said_block(point.block))
-            fill = FILLS[variants.index(point.variant) % len(FILLS)] if several else FILLS[0]
-            looks[_series(point)] = {**styles[arch], "label": label, "fillstyle": fill}
+            place = variants.index(point.variant)
+            looks[_series(point)] = {
+                **styles[arch],
+                "color": tint(styles[arch]["color"], PALEST * place / len(variants)),
+                "label": label,
+                "fillstyle": FILLS[place % len(FILLS)],
+            }
     return looks
 
 

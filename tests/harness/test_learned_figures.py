@@ -3,6 +3,7 @@ import itertools
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from harness import figures, learned, learned_figures, plot
 from training_runs import loss_run, recall_run, write
@@ -176,9 +177,17 @@ def test_accuracy_by_pairs_has_a_panel_a_width_and_the_chance(tmp_path):
     narrow, wide = by_pairs.figure.axes
     assert (narrow.get_title(), wide.get_title()) == ("width 16", "width 64")
     assert lines(narrow, linestyle="--") == [[[2, 0.5], [4, 0.25], [8, 0.125]]]
-    assert len(lines(wide, linestyle="--")) == 2
-    fills = {line.get_fillstyle() for line in wide.lines if line.get_color() == BLUE}
-    assert len(fills) == 2
+    looks = {
+        str(line.get_label()): (line.get_color(), line.get_fillstyle())
+        for line in wide.lines
+        if "Mamba-2" in str(line.get_label())
+    }
+    # A size of no variant comes first, with the plain look.
+    tints = [sum(to_rgb(look[0])) for look in looks.values()]
+    assert len(looks) == 2
+    assert len({*tints, sum(to_rgb(BLUE))}) == 3
+    assert min(tints) > sum(to_rgb(BLUE))
+    assert len({fill for _, fill in looks.values()} - {"full"}) == 2
     (chance,) = [line for line in narrow.lines if line.get_label() == "chance"]
     assert chance.get_ydata() == pytest.approx([1 / 32] * 3)
     assert narrow.get_xlabel() == "pairs"
