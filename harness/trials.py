@@ -358,9 +358,9 @@ RECALL_PRESETS: dict[str, tuple[RecallGrid, ...]] = {
             ("mamba2", "d64h16n64", SLOW_DECAYS),
         )
     ),
-    # An hour and a half on one core: pairs, at three sizes of state where it can be chosen. The
-    # decays that Mamba-2 starts with are made for text: with these it finds no keys in so few
-    # steps, with slower ones it does.
+    # An hour and a half on one core: pairs, at three sizes of state where it can be chosen. Mamba-2
+    # starts with slow decays, and at its largest state also with its own: they are made for text,
+    # and find the keys later.
     "cpu": tuple(
         RecallGrid(
             archs=archs,
