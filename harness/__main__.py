@@ -446,6 +446,130 @@ def export(run: Path, to: Path) -> int:
 
 
 @app.command
+def check(
+    guards: Path | None = None,
+    *,
+    ab: str | None = None,
+    counters: Flag = False,
+    calibrate: Flag = False,
+    update: Flag = False,
+    self_test: Flag = False,
+    from_: Annotated[list[Path] | None, Parameter(name="--from", negative="")] = None,
+    reason: str | None = None,
+    accept: Names = None,
+    cell: Names = None,
+    baseline: Path | None = None,
+    pairs: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    time_limit: float = 120.0,
+    save: Path | None = None,
+    junit: Path | None = None,
+    markdown: Path | None = None,
+    json: Flag = False,
+) -> int:
+    """Tell whether kernels have become slower: against a stored baseline, or as asked.
+
+    Parameters
+    ----------
+    guards
+        A Python file whose list GUARDS names callables; default: our own operations.
+    ab
+        Compare with this commit, branch or tag instead, in pairs of processes: the surest way.
+    counters
+        Compare what is counted without a GPU instead: bytes, FLOPs, registers, spills.
+    calibrate
+        Measure the noise of each cell and write a new baseline; needs --reason.
+    update
+        Write into the baseline what moved, unless the check is red; needs --reason.
+    self_test
+        Check the check: false alarms, and slow-downs of a known size. An hour.
+    from_
+        Judge these files instead of measuring: one of --save, or some of pytest-benchmark.
+    reason
+        Why the baseline is written; it is kept in it.
+    accept
+        With --update: cells of this name or pattern may be slower, or gone.
+    cell
+        Only the cells of this name or pattern, as "ssd*".
+    baseline
+        The file; default: in results/check, called after the file of guards and the device; of
+        --counters: in results/counters.
+    pairs
+        Pairs of processes; default: 12 on a CPU, 7 on a GPU.
+    device
+        auto (an NVIDIA GPU where there is one), cpu or cuda.
+    threads
+        CPU threads; default: all cores.
+    time_limit
+        Seconds that one cell may take in one process.
+    save
+        Write what was measured into this file, for --from.
+    junit
+        Write JUnit XML into this file.
+    markdown
+        Write a Markdown table into this file; in CI, $GITHUB_STEP_SUMMARY.
+    json
+        One JSON document on standard output, everything else on standard error.
+    """
+    from harness import check_modes, judged
+    from harness.baseline import BaselineError, RefusedError
+    from harness.processes import Asked
+    from harness.run import WorkerFailedError
+    from harness.sweep import resolve_device
+
+    try:
+        options = check_modes.Options(
+            asked=Asked(device=resolve_device(device), threads=threads, time_limit_s=time_limit),
+            guards=guards,
+            ab=ab,
+            counters=counters,
+            calibrate=calibrate,
+            update=update,
+            self_test=self_test,
+            files=from_ or (),
+            reason=reason,
+            accept=accept or (),
+            cells=cell or (),
+            baseline=baseline,
+            pairs=pairs,
+            save=save,
+            junit=junit,
+            markdown=markdown,
+        )
+        options.refuse()
+        with check_modes.StepProgress(_console(stderr=True)) as progress:
+            if calibrate or update:
+                line = check_modes.written(options, progress)
+                _say({"written": line}, [line], json)
+                return 0
+            if self_test:
+                rates = check_modes.tested(options, progress)
+                _say(rates.document(), rates.lines(), json)
+                return 0 if rates.sound else 1
+            found = check_modes.report(options, progress)
+    except BaselineError as error:
+        if junit is not None:
+            junit.write_text(judged.junit_of_failure(str(error)), encoding="utf-8")
+        return _complain(str(error), 3)
+    except RefusedError as error:
+        return _complain(str(error), 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except WorkerFailedError as error:
+        return _complain(str(error), 5)
+    if json:
+        _print_json(judged.as_json(found))
+    else:
+        _console().print(judged.table(found))
+    if "GITHUB_ACTIONS" in os.environ:
+        for line in judged.workflow_commands(found):
+            print(line, file=sys.stderr)
+    check_modes.write_files(options, found)
+    return found.exit_code
+
+
+@app.command
 def plot(run: Path = Path("runs/cost"), *, out: Path | None = None, json: Flag = False) -> int:
     """Say how each architecture grows and where two cross, and draw the figures as SVG and PNG.
 

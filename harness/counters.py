@@ -63,6 +63,7 @@ def count(
     ops: Sequence[str] = OPS,
     *,
     archs: Sequence[int] = ARCHS,
+    implementations: Sequence[str] | None = None,
     triton: Path | None = None,
     on_finish: Callable[[str], None] = lambda job: None,
 ) -> Document:
@@ -71,6 +72,7 @@ def count(
     Args:
         ops: names in `OPS`.
         archs: compute capabilities times ten to compile for, of `ARCHS`; 90 is sm_90.
+        implementations: only these, as "triton" and "torch"; None: all.
         triton: folder with another Triton to compile with, as `pip install --no-deps --target
             FOLDER triton==3.6.0` makes it; the traffic is then not counted again.
         on_finish: called with what was just counted.
@@ -97,7 +99,12 @@ def count(
     # A process a core: each spends seconds on its imports.
     groups = max(1, min(len(ops), (os.cpu_count() or 1) // len(kinds)))
     jobs = [
-        {"kind": kind, "ops": ops[start::groups], "archs": list(archs)}
+        {
+            "kind": kind,
+            "ops": ops[start::groups],
+            "archs": list(archs),
+            "implementations": implementations and list(implementations),
+        }
         for kind in kinds
         for start in range(groups)
     ]

@@ -54,12 +54,21 @@ class Worker:
     Args:
         device: "cpu" | "cuda".
         threads: CPU threads for PyTorch; None: as it is.
+        first: folders that it imports from before any other.
+        folder: its working directory.
 
     Raises:
         WorkerFailedError: it does not start.
     """
 
-    def __init__(self, device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        device: str,
+        threads: int | None,
+        *,
+        first: Sequence[Path] = (),
+        folder: Path = Path(),
+    ) -> None:
         request_out, self._requests = os.pipe()
         self._replies, reply_in = os.pipe()
         self._received = bytearray()
@@ -72,7 +81,8 @@ class Worker:
             stderr=subprocess.STDOUT,
             pass_fds=(request_out, reply_in),
             start_new_session=True,
-            env=child_environment(),
+            env=child_environment(first),
+            cwd=folder,
         )
         os.close(request_out)
         os.close(reply_in)
@@ -171,9 +181,13 @@ def _last_words(output: str) -> str:
     return "; ".join([*said[-1:], *lines[trace + 1 : trace + 2]])
 
 
-def child_environment() -> dict[str, str]:
-    """Variables to start a process with, so that it imports what this one can import."""
-    path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in sys.path)
+def child_environment(first: Sequence[Path] = ()) -> dict[str, str]:
+    """Variables to start a process with, so that it imports what this one can import.
+
+    Args:
+        first: folders that it imports from before any other.
+    """
+    path = os.pathsep.join(str(Path(entry or ".").resolve()) for entry in (*first, *sys.path))
     # Spinning OpenMP threads disturb each other on a busy machine; read when PyTorch starts.
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path}
 
@@ -395,10 +409,7 @@ def into(
     """
     from harness import report
 
-    if settings.threads is not None and not 1 <= settings.threads <= MAX_THREADS:
-        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {settings.threads}")
-    if not 0 < settings.time_limit_s <= MAX_LIMIT_S:
-        raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
+    check_settings(settings.threads, settings.time_limit_s)
     if not settings.checkpoint_every_s >= 0:
         raise ValueError("seconds between checkpoints must be 0 or more")
     with RunDirectory(out) as directory:
@@ -407,6 +418,14 @@ def into(
         table = report.frame(out)
         write_atomically(out / "cells.csv", table.to_csv(index=False))
     return table
+
+
+def check_settings(threads: int | None, time_limit_s: float) -> None:
+    """ValueError for threads or a time limit that cannot be."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
+    if not 0 < time_limit_s <= MAX_LIMIT_S:
+        raise ValueError(f"the time limit must be above 0 and at most {MAX_LIMIT_S} s")
 
 
 def run_cells(

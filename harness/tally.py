@@ -34,6 +34,8 @@ def main() -> None:
     rows, left_out = [], []
     for op in job["ops"]:
         for call in counted.calls(op, DTYPES[job["kind"]]):
+            if job["implementations"] and call.implementation not in job["implementations"]:
+                continue
             found, reason, failed = _attempt(call, job)
             rows += found
             if reason is not None:

@@ -282,22 +282,22 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     logs = np.log(np.asarray(theirs)) - np.log(np.asarray(ours))  # (rounds,)
     first, second = np.triu_indices(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)
-    outside = _excluded_means(len(logs))
+    outside = excluded_means(len(logs), (1 - LEVEL) / 2)
     return Ratio(*(math.exp(x) for x in (np.median(means), means[outside], means[-1 - outside])))
 
 
 @cache
-def _excluded_means(rounds: int) -> int:
+def excluded_means(rounds: int, share: float) -> int:
     """How many of the sorted means of pairs lie outside the interval on each side.
 
-    The largest c with P(signed-rank statistic <= c) <= (1 - LEVEL) / 2: the means from the
-    (c + 1)th on are inside. The distribution counts the subsets of 1..rounds by their sum.
+    The largest c with P(signed-rank statistic <= c) <= share: the means from the (c + 1)th on are
+    inside. The distribution counts the subsets of 1..rounds by their sum.
     """
     subsets = [1]  # by sum
     for rank in range(1, rounds + 1):
         longer = [0] * rank + subsets
         subsets = [a + b for a, b in itertools.zip_longest(subsets, longer, fillvalue=0)]
-    allowed = (1 - LEVEL) / 2 * 2**rounds
+    allowed = share * 2**rounds
     return sum(total <= allowed for total in itertools.accumulate(subsets)) - 1
 
 

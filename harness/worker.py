@@ -243,9 +243,41 @@ def one_line(text: str, limit: int = 500) -> str:
     return "".join(c for c in line if c.isprintable())[:limit]
 
 
+Code = dict[str, str | None]  # a file of guards, a tree and another, of which None is none
+
+
+def _guards(settings: dict[str, Any], code: Code) -> dict[str, Any]:
+    """The names of the cells that `seqscale check` guards."""
+    from harness import guards
+
+    path, tree, _ = _paths(code)
+    return attempt(lambda: ({"names": guards.names(settings["device"], path, tree)}, {}))
+
+
+def _guard(settings: dict[str, Any], name: str, code: Code, **how: Any) -> dict[str, Any]:
+    """Time one of them; status "elsewhere" where it was not the code of `tree`."""
+    from harness import guard_times, origin
+
+    path, tree, other = _paths(code)
+    reply = attempt(lambda: guard_times.measure(name, settings["device"], path, tree, **how))
+    if tree is not None and reply["status"] == "ok":
+        try:
+            origin.check_origin(path, tree, other)
+        except origin.WrongTreeError as error:
+            return {"status": "elsewhere", "reason": str(error)}
+    return reply
+
+
+def _paths(code: Code) -> list[Path | None]:
+    found = (code[name] for name in ("path", "tree", "other"))
+    return [None if path is None else Path(path) for path in found]
+
+
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
     "prepare": _prepare,
     "ceilings": _ceilings,
     "measure": _measure,
     "compare": _compare,
+    "guards": _guards,
+    "guard": _guard,
 }

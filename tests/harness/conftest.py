@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import archs
+import guarded
 from harness import __main__ as command_line
 from harness import run
 
@@ -73,3 +74,16 @@ def here(tmp_path, monkeypatch, capfd):
         return exit_.value.code, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with a file of guards; the working directory."""
+    root = tmp_path / "mine"
+    (root / "src").mkdir(parents=True)
+    (root / "src" / "mine.py").write_text(guarded.FAST)
+    (root / "guards.py").write_text(guarded.GUARDS)
+    guarded.git(root.parent, "init", "-q", str(root))
+    guarded.commit(root, "fast")
+    monkeypatch.chdir(root)
+    return root

@@ -408,5 +408,5 @@ def test_help_is_quick_and_does_not_import_torch(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for verb in ("cost", "loss", "recall", "prepare", "status", "list", "export", "plot", "doctor"):
+    for verb in ("cost", "loss", "recall", "check", "prepare", "status", "list", "export", "plot"):
         assert verb in done.stdout

@@ -244,7 +244,7 @@ def test_speedup_is_paired_and_its_interval_holds_the_truth():
 @pytest.mark.parametrize(("rounds", "critical"), [(8, 0), (10, 3), (20, 37), (30, 109)])
 def test_critical_values_are_those_of_the_tables(rounds, critical):
     # Two-sided 1 % of the signed-rank test: Wilcoxon and Wilcox (1964), table 2.
-    assert timing._excluded_means(rounds) == critical
+    assert timing.excluded_means(rounds, (1 - timing.LEVEL) / 2) == critical
 
 
 def test_too_few_or_unpaired_rounds_have_no_ratio():
