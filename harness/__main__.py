@@ -562,6 +562,7 @@ def check(
         _print_json(judged.as_json(found))
     else:
         _console().print(judged.table(found))
+        print(found.summary)
     if "GITHUB_ACTIONS" in os.environ:
         for line in judged.workflow_commands(found):
             print(line, file=sys.stderr)

@@ -184,7 +184,8 @@ def tint(color: str, share: float) -> str:
     """A colour with so much white in it; the same where that is none."""
     if share == 0:
         return color
-    return to_hex((1 - share) * np.array(to_rgb(color)) + share)
+    red, green, blue = (share + (1 - share) * part for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def _styled(comparison: Comparison) -> list[tuple[Curve, dict[str, Any]]]:

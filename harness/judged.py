@@ -93,16 +93,21 @@ def chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def table(report: Report) -> Table:
-    """For a terminal."""
+    """For a terminal: all that was timed, and of what was counted all that is not the same."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(report.title), title_justify="left", caption=Text(report.summary))
-    for name in HEADER:
-        words = name in ("cell", "verdict", "why")
-        made.add_column(name, justify="left" if words else "right", overflow="fold")
-    for row in report.rows:
-        made.add_row(*map(Text, _told(row)), style="red" if row.verdict in RED else "")
+    shown = [row for row in report.rows if row.change or row.verdict != Verdict.SAME]
+    told = [_told(row) for row in shown]
+    made = Table(title=Text(report.title), title_justify="left")
+    said = [any(cells[i] not in ("-", "") for cells in told) for i in range(len(HEADER))]
+    kept = [i for i in range(len(HEADER)) if i < 2 or said[i]]
+    for i in kept:
+        words = HEADER[i] in ("cell", "verdict", "why")
+        made.add_column(HEADER[i], justify="left" if words else "right", overflow="fold")
+    for row, cells in zip(shown, told, strict=True):
+        style = "red" if row.verdict in RED else ""
+        made.add_row(*(Text(cells[i]) for i in kept), style=style)
     return made
 
 

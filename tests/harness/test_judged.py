@@ -49,7 +49,13 @@ def test_the_table_has_the_interval(found):
     assert "1.300" in text
     assert "1.200 … 1.400" in text
     assert "\x1b" not in text
-    assert found.summary in text
+
+
+def test_the_table_of_counts_has_what_is_not_the_same():
+    rows = [row("kept"), row("spills", Verdict.REGRESSION, why="spills 0 -> 8")]
+    made = judged.table(Report("counted", rows))
+    assert [column.header for column in made.columns] == ["cell", "verdict", "why"]
+    assert [text.plain for text in made.columns[0].cells] == ["spills"]
 
 
 def test_json_holds_all(found):
