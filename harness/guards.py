@@ -5,7 +5,7 @@ A file of guards names them, in a list GUARDS:
     from harness.guards import Guard
     from mine import scan, slow_scan
 
-    GUARDS = [Guard("scan, 4,096 tokens", scan, lambda: (torch.randn(8, 4096),), slow_scan)]
+    GUARDS = [Guard("scan, 512 x 4,096", scan, lambda: (torch.randn(512, 4096),), slow_scan)]
 
 So does an entry point of the group `seqscale.guards`: an object that is such a list.
 """
