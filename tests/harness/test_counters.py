@@ -44,7 +44,7 @@ def long_conv():
 @pytest.fixture(scope="module")
 def long_conv_compiled():
     """Both kernels compiled for the H100, by name, in a process that does not interpret them."""
-    job = {"kind": "compiled", "ops": ["long_conv"], "archs": [90]}
+    job = {"kind": "compiled", "ops": ["long_conv"], "archs": [90], "implementations": None}
     rows = counters._result(counters._start(job, None), lambda job: None)["compiled"]
     return {found["kernel"]: found for found in rows}
 
