@@ -515,6 +515,7 @@ def check(
     from harness import check_modes, judged
     from harness.baseline import BaselineError, RefusedError
     from harness.processes import Asked
+    from harness.progress import StepProgress
     from harness.run import WorkerFailedError
     from harness.sweep import resolve_device
 
@@ -538,7 +539,7 @@ def check(
             markdown=markdown,
         )
         options.refuse()
-        with check_modes.StepProgress(_console(stderr=True)) as progress:
+        with StepProgress(_console(stderr=True)) as progress:
             if calibrate or update:
                 line = check_modes.written(options, progress)
                 _say({"written": line}, [line], json)

@@ -87,22 +87,42 @@ def differing(baseline: Baseline, environment: Environment) -> list[str]:
     ]
 
 
+def read_document(path: Path, *, missing: str, damaged: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: of the file.
+        missing: what to say where there is none.
+        damaged: what to say of one that holds no object.
+
+    Raises:
+        BaselineError: so.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaselineError(missing) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaselineError(f"{path} {damaged}: {error}") from None
+    if not isinstance(found, dict):
+        raise BaselineError(f"{path} {damaged}")
+    return found
+
+
 def load(path: Path) -> Baseline:
     """Read a baseline; a cell whose numbers cannot be stays, with the reason.
 
     Raises:
         BaselineError: no such file, or it is no baseline.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaselineError(
-            f"there is no baseline {path}: --calibrate --reason TEXT with the same command takes it"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaselineError(f"{path} is no baseline, or only part of one: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else None
+    found = read_document(
+        path,
+        missing=f"there is no baseline {path}: --calibrate --reason TEXT with the same command "
+        "takes it",
+        damaged="is no baseline, or only part of one",
+    )
+    if found.get("schema") != SCHEMA:
+        schema = found.get("schema")
         raise BaselineError(f"{path} is no baseline of schema {SCHEMA}: it says {schema!r}")
     if not isinstance(found.get("cells"), dict) or not isinstance(found.get("fingerprint"), dict):
         raise BaselineError(f"{path} is no baseline: it lacks cells or fingerprint")

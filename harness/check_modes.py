@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness import (
     baseline,
@@ -24,11 +21,9 @@ from harness import (
 from harness.baseline import RefusedError
 from harness.judged import Report
 from harness.processes import Asked, Listed
+from harness.progress import StepProgress
 from harness.run import check_settings
 from harness.self_test import Rates
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 COUNTS = Path("results/counters")
 
@@ -194,43 +189,6 @@ def write_files(options: Options, report: Report) -> None:
     if options.markdown is not None:
         with options.markdown.open("a", encoding="utf-8") as file:
             file.write(judged.markdown(report))
-
-
-class StepProgress:
-    """How far a check is, on standard error: a bar on a terminal, a line a part in a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._part = ""
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("processes"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=None)
-
-    def advanced(self, part: str, done: int, of: int) -> None:
-        """So many processes of a part are done."""
-        self._bar.update(self._task, description=part, completed=done, total=of)
-        if part != self._part and not self.console.is_terminal:
-            self.said(f"{part}: {of} processes")
-        self._part = part
-
-    def said(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 def _place(options: Options, listed: Listed) -> Path:

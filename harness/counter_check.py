@@ -7,14 +7,13 @@ spills, shared memory, tensor-core instructions) is compared cell by cell with a
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import counters
-from harness.baseline import BaselineError
+from harness.baseline import BaselineError, read_document
 from harness.judged import Report, Row, worst_first
 from harness.verdicts import Verdict
 from harness.worker import one_line
@@ -89,18 +88,13 @@ def _load(path: Path) -> Document:
 
     if path.is_dir():
         path = path / f"triton-{installed_version('triton')}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaselineError(
-            f"there is no {path}: seqscale counters --json > {path} makes it"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaselineError(f"{path} holds no counts: {error}") from None
+    found = read_document(
+        path,
+        missing=f"there is no {path}: seqscale counters --json > {path} makes it",
+        damaged="holds no counts",
+    )
     kinds = {"traffic": list, "compiled": list, "versions": dict}
-    if not isinstance(found, dict) or any(
-        not isinstance(found.get(name), kind) for name, kind in kinds.items()
-    ):
+    if any(not isinstance(found.get(name), kind) for name, kind in kinds.items()):
         raise BaselineError(f"{path} holds no counts of seqscale counters --json")
     for name in ("traffic", "compiled"):
         if not found[name]:

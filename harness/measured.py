@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import verdicts
-from harness.baseline import ANCHORS, BaselineError
+from harness.baseline import ANCHORS, BaselineError, read_document
 from harness.environment import FINGERPRINT
 from harness.processes import Times
 from harness.record import write_atomically
@@ -111,13 +111,8 @@ def benchmarked(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaselineError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise BaselineError(f"{path} is neither of seqscale check --save nor pytest-benchmark")
-    return found
+    unread = "cannot be read"
+    return read_document(path, missing=f"{path} {unread}: there is no such file", damaged=unread)
 
 
 def _ours(path: Path, document: Mapping[str, Any]) -> tuple[Times, list[str]]:

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a bar on a terminal, a line a cell in a pipe."""
+"""What long work shows while it runs: a bar on a terminal, a line a cell or part in a pipe."""
 
 from __future__ import annotations
 
@@ -7,12 +7,51 @@ from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from harness.record import FAULTS, Case, Measurement, RunDirectory
 
 
-class SweepProgress:
+class _Progress:
+    """A bar, which is drawn on a terminal only, and lines above it.
+
+    Args:
+        console: where to report.
+        count: what shows how much is done.
+    """
+
+    def __init__(self, console: Console, *count: ProgressColumn) -> None:
+        self.console = console
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            *count,
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def said(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class SweepProgress(_Progress):
     """Reports on standard error; use as a context, and pass its methods to `harness.cost.run`.
 
     Args:
@@ -21,19 +60,10 @@ class SweepProgress:
     """
 
     def __init__(self, cells: Sequence[Case], console: Console) -> None:
-        self.console = console
+        super().__init__(console, TextColumn("{task.fields[done]}/{task.fields[cells]}"))
         self.total = len(cells)
         self.done = self.reused = 0
         self._current, self._before = "", 0.0  # the cell, and the estimated seconds before it
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[done]}/{task.fields[cells]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
         self._seconds = _estimates(cells) if console.is_terminal else {}
         # The bar advances by estimated seconds, so that the time left means something.
         self._task = self._bar.add_task(
@@ -43,7 +73,7 @@ class SweepProgress:
     def opened(self, directory: RunDirectory) -> None:
         """Name the files that were no records."""
         for path, reason in directory.damaged:
-            self._say(f"set aside, counted missing: {path} ({reason})")
+            self.said(f"set aside, counted missing: {path} ({reason})")
 
     def started(self, case: Case) -> None:
         """Show which cell is being measured."""
@@ -65,19 +95,28 @@ class SweepProgress:
         if known or (self.console.is_terminal and not failed):
             return
         line = f"{self.done:{len(str(self.total))}d}/{self.total} {measurement.case.label}: "
-        self._say(line + outcome(measurement))
-
-    def _say(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
+        self.said(line + outcome(measurement))
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        super().__exit__()
         if self.reused:
-            self._say(f"{self.reused} of {self.total} cells were there already")
+            self.said(f"{self.reused} of {self.total} cells were there already")
+
+
+class StepProgress(_Progress):
+    """How far a check is: a bar on a terminal, a line a part in a pipe; use as a context."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, MofNCompleteColumn(), TextColumn("processes"))
+        self._part = ""
+        self._task = self._bar.add_task("starting", total=None)
+
+    def advanced(self, part: str, done: int, of: int) -> None:
+        """So many processes of a part are done."""
+        self._bar.update(self._task, description=part, completed=done, total=of)
+        if part != self._part and not self.console.is_terminal:
+            self.said(f"{part}: {of} processes")
+        self._part = part
 
 
 def _estimates(cells: Sequence[Case]) -> dict[str, float]:

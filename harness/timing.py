@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.benchmark import Timer
 
 from harness import memory, nvml
@@ -280,10 +281,15 @@ def speedup(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
             f"{len(ours)} and {len(theirs)} rounds: a ratio needs {MIN_ROUNDS} paired ones"
         )
     logs = np.log(np.asarray(theirs)) - np.log(np.asarray(ours))  # (rounds,)
-    first, second = np.triu_indices(len(logs))
-    means = np.sort((logs[first] + logs[second]) / 2)
+    means = np.sort(means_of_pairs(logs))
     outside = excluded_means(len(logs), (1 - LEVEL) / 2)
     return Ratio(*(math.exp(x) for x in (np.median(means), means[outside], means[-1 - outside])))
+
+
+def means_of_pairs(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of every two differences (..., n), and of each with itself: (..., n (n + 1) / 2)."""
+    first, second = np.triu_indices(differences.shape[-1])
+    return (differences[..., first] + differences[..., second]) / 2
 
 
 @cache

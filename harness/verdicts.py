@@ -19,7 +19,7 @@ from itertools import accumulate, zip_longest
 import numpy as np
 
 from harness.laws import Array
-from harness.timing import excluded_means
+from harness.timing import excluded_means, means_of_pairs
 from harness.worker import one_line
 
 CONFIDENCE = 0.99  # of each bound by itself
@@ -79,10 +79,9 @@ def change(old: Sequence[float], new: Sequence[float]) -> Change:
     if len(old) != len(new):
         raise ValueError(f"{len(old)} processes are no pairs with {len(new)}")
     before, after = _logs(old), _logs(new)
-    differences = after - before  # (pairs,)
-    first, second = np.triu_indices(len(differences))
-    means = (differences[first] + differences[second]) / 2
-    return _between(means, excluded_means(len(old), 1 - CONFIDENCE), len(old))
+    return _between(
+        means_of_pairs(after - before), excluded_means(len(old), 1 - CONFIDENCE), len(old)
+    )
 
 
 def shift(old: Sequence[float], new: Sequence[float]) -> Change:
@@ -194,9 +193,7 @@ def pair_noise(times: Sequence[float]) -> float:
     logs = _logs(times)
     differences = logs[1::2] - logs[: len(logs) // 2 * 2 : 2]  # (pairs,)
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (DRAWS, len(differences)))
-    first, second = np.triu_indices(len(differences))
-    drawn = signs * differences  # (draws, pairs)
-    found = np.median((drawn[:, first] + drawn[:, second]) / 2, axis=1)
+    found = np.median(means_of_pairs(signs * differences), axis=1)  # (draws,)
     strayed = float(np.quantile(np.abs(found), 0.95))
     return math.expm1(strayed * math.sqrt(len(differences) / len(logs)))
 
