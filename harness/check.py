@@ -116,7 +116,7 @@ def judged(name: str, old: Times, new: Times, device: str) -> Row:
     for value in (*before, *after):
         if (why := verdicts.invalid(value)) is not None:
             return Row(name=name, verdict=Verdict.FAILED, why=why)
-    noise = verdicts.pair_noise(before)
+    noise = verdicts.pair_noise(before, after)
     found = verdicts.change(before, after)
     limit = verdicts.limit(median(before), noise, device)
     watched = verdicts.tracked_only(median(before), noise, device)

@@ -19,8 +19,7 @@ from harness import guards, timing
 from harness.worker import WrongResultError
 
 SECONDS = 0.25  # of samples for a cell
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 200
-WARM_UPS = 2
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
 ANCHOR = {"cpu": 512, "cuda": 4096}  # width of the square matrix of the product
 COPIED = {"cpu": 1 << 20, "cuda": 1 << 26}  # numbers
 
@@ -56,8 +55,7 @@ def measure(
     functions: dict[str, Callable[[], Any]] = {"cell": function}
     if anchors:
         functions |= anchors_of(device)
-    for _ in range(WARM_UPS):
-        function()
+    function()
     rounds = _rounds(function, device)
     seen = timing.measure_interleaved(functions, rounds=rounds, device=device)
     _refuse(cell, checked)

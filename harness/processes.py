@@ -1,14 +1,17 @@
 """Processes that time guarded cells, one after another: each gives one number a cell.
 
-A side is code: a tree that its processes import first. Old and new take turns, ABBA, so that drift
-meets both alike. A cell that fails on a side is left out of that side's further processes; one that
-kills its process costs that process alone.
+A side is code: a tree that its processes import first. A pair is an old and a new process that live
+at the same time and time each cell one right after the other, the order turned from pair to pair: a
+shared machine changes its speed within seconds, and so it meets both alike. A cell that fails on a
+side is left out of that side's further processes; one that kills its process costs that process
+alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +98,66 @@ class Listed(NamedTuple):
     environment: Mapping[str, Any]
 
 
+class _Process:
+    """A process of a side; another in its place where a cell has killed it.
+
+    Args:
+        side: whose code.
+        asked: what it does.
+        into: where what it says goes.
+    """
+
+    def __init__(self, side: Side, asked: Asked, into: Times) -> None:
+        self._side, self._asked, self._into = side, asked, into
+        self._worker: Worker | None = None
+
+    def start(self) -> Worker:
+        """It, started if it is not running; WorkerFailedError if it does not start."""
+        if self._worker is None:
+            side, asked = self._side, self._asked
+            self._worker = Worker(asked.device, asked.threads, first=side.first, folder=side.folder)
+            self._into.environment = self._worker.environment
+        return self._worker
+
+    def time(self, name: str, *, checked: bool) -> None:
+        """Time a cell, unless it failed before.
+
+        Raises:
+            ValueError: it ran code that is not of this side.
+            WorkerFailedError: no process starts.
+        """
+        side, asked, into = self._side, self._asked, self._into
+        if name in into.faults:
+            return
+        worker = self.start()
+        try:
+            reply = worker.ask(
+                asked.time_limit_s,
+                "guard",
+                name=name,
+                code=side.code,
+                anchors=asked.anchors,
+                checked=checked,
+                slowed=side.slowed,
+            )
+        except WorkerFailedError as failure:
+            into.faults[name] = (failure.status, str(failure))
+            self._worker = None  # the others go on in another process
+            return
+        if reply["status"] == "elsewhere":
+            raise ValueError(f"{name}, {side.name}: {reply['reason']}")
+        if reply["status"] == "ok":
+            into.cells.setdefault(name, []).append(reply["metrics"])
+        else:
+            into.faults[name] = (reply["status"], reply["reason"])
+
+    def end(self) -> None:
+        """Kill it, if it runs."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
 def listed(side: Side, asked: Asked) -> Listed:
     """The cells of a side; device, software and threads of its processes.
 
@@ -102,53 +165,12 @@ def listed(side: Side, asked: Asked) -> Listed:
         ValueError: they cannot be listed; the message says why.
         WorkerFailedError: no process starts.
     """
-    with _worker(side, asked) as worker:
+    with _process(side, asked, Times()) as process:
+        worker = process.start()
         reply = worker.ask(LIST_LIMIT_S, "guards", code=side.code)
-        environment = worker.environment
     if reply["status"] != "ok":
         raise ValueError(f"{side.name}: {reply['reason']}")
-    return Listed(reply["metrics"]["names"], environment)
-
-
-def run(
-    side: Side,
-    cells: Sequence[str],
-    asked: Asked,
-    into: Times,
-    *,
-    checked: bool = False,
-) -> None:
-    """Time cells once, in a process of their own; what failed before is left out.
-
-    Raises:
-        ValueError: a cell ran code that is not of this side.
-        WorkerFailedError: no process starts.
-    """
-    left = [name for name in cells if name not in into.faults]
-    while left:
-        with _worker(side, asked) as worker:
-            into.environment = worker.environment
-            while left:
-                name = left.pop(0)
-                try:
-                    reply = worker.ask(
-                        asked.time_limit_s,
-                        "guard",
-                        name=name,
-                        code=side.code,
-                        anchors=asked.anchors,
-                        checked=checked,
-                        slowed=side.slowed,
-                    )
-                except WorkerFailedError as failure:
-                    into.faults[name] = (failure.status, str(failure))
-                    break  # the others go on in another process
-                if reply["status"] == "elsewhere":
-                    raise ValueError(f"{name}, {side.name}: {reply['reason']}")
-                if reply["status"] == "ok":
-                    into.cells.setdefault(name, []).append(reply["metrics"])
-                else:
-                    into.faults[name] = (reply["status"], reply["reason"])
+    return Listed(reply["metrics"]["names"], worker.environment)
 
 
 def several(
@@ -159,11 +181,18 @@ def several(
     *,
     on_process: Callable[[int, int], None] = lambda done, of: None,
 ) -> Times:
-    """Time cells in so many processes; the first and the last compare results too."""
+    """Time cells in so many processes; the first and the last compare results too.
+
+    Raises:
+        ValueError: a cell ran code that is not of this side.
+        WorkerFailedError: no process starts.
+    """
     found = Times()
-    for process in range(count):
-        run(side, cells, asked, found, checked=process in (0, count - 1))
-        on_process(process + 1, count)
+    for done in range(count):
+        with _process(side, asked, found) as process:
+            for name in cells:
+                process.time(name, checked=done in (0, count - 1))
+        on_process(done + 1, count)
     return found
 
 
@@ -180,22 +209,33 @@ def pairs(
 
     The first process of each side compares every result with what it should be, and so does the
     last. A cell that fails on one side is not timed on the other any longer.
+
+    Raises:
+        ValueError: a cell ran code that is not of its side.
+        WorkerFailedError: no process starts.
     """
     found = {old: Times(), new: Times()}
-    for pair in range(count):
-        order = (old, new) if pair % 2 == 0 else (new, old)
-        for turn, side in enumerate(order):
-            failed = {name for times in found.values() for name in times.faults}
-            left = [name for name in cells if name not in failed or pair == 0]
-            run(side, left, asked, found[side], checked=pair in (0, count - 1))
-            on_process(2 * pair + turn + 1, 2 * count)
+    # A worker dies with the thread that started it: these outlive all of them.
+    with ThreadPoolExecutor(2) as starters:
+        for pair in range(count):
+            order = (old, new) if pair % 2 == 0 else (new, old)
+            checked = pair in (0, count - 1)
+            with ExitStack() as stack:
+                both = [stack.enter_context(_process(s, asked, found[s])) for s in order]
+                list(starters.map(_Process.start, both))
+                for name in cells:
+                    if pair > 0 and any(name in times.faults for times in found.values()):
+                        continue
+                    for process in both:
+                        process.time(name, checked=checked)
+            on_process(2 * (pair + 1), 2 * count)
     return found[old], found[new]
 
 
 @contextmanager
-def _worker(side: Side, asked: Asked) -> Iterator[Worker]:
-    worker = Worker(asked.device, asked.threads, first=side.first, folder=side.folder)
+def _process(side: Side, asked: Asked, into: Times) -> Iterator[_Process]:
+    process = _Process(side, asked, into)
     try:
-        yield worker
+        yield process
     finally:
-        worker.kill()
+        process.end()

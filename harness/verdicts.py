@@ -183,19 +183,31 @@ def exit_code(verdicts: Iterable[Verdict]) -> int:
     return 0 if found & GATING - {Verdict.INCONCLUSIVE} else 3
 
 
-def pair_noise(times: Sequence[float]) -> float:
-    """How far `change` of so many pairs strays, 95 times in 100, for code against itself, a share.
+def pair_noise(old: Sequence[float], new: Sequence[float]) -> float:
+    """How far `change` of such pairs strays, 95 times in 100, for code against itself, a share.
+
+    It is estimated in two ways, and the smaller one counts: from the pairs, about their own change,
+    where new code that is erratic adds to it; and from the old processes alone, neighbours as
+    pairs, where drift from one pair to the next adds to it. Where neither does, the smaller of two
+    is a fifth too small in the middle of many draws (12 pairs, normal noise).
 
     Args:
-        times: of processes of the same code in order. Neighbours are pairs, either of which may be
-            called the new one: half as many as are wanted, whose estimate strays sqrt(2) as far.
+        old: times of processes in order.
+        new: times of the processes beside them.
     """
-    logs = _logs(times)
-    differences = logs[1::2] - logs[: len(logs) // 2 * 2 : 2]  # (pairs,)
+    before, after = _logs(old), _logs(new)
+    differences = after - before
+    about = differences - np.median(means_of_pairs(differences))
+    alone = before[1::2] - before[: len(before) // 2 * 2 : 2]  # half as many: sqrt(2) as far
+    strayed = (_strayed(about), _strayed(alone) * math.sqrt(len(alone) / len(before)))
+    return math.expm1(min(strayed))
+
+
+def _strayed(differences: Array) -> float:
+    """How far the estimate strays, 95 times in 100, if each may have either sign."""
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (DRAWS, len(differences)))
     found = np.median(means_of_pairs(signs * differences), axis=1)  # (draws,)
-    strayed = float(np.quantile(np.abs(found), 0.95))
-    return math.expm1(strayed * math.sqrt(len(differences) / len(logs)))
+    return float(np.quantile(np.abs(found), 0.95))
 
 
 def shift_noise(values: Sequence[float]) -> float:

@@ -27,8 +27,8 @@ def told(monkeypatch, *rounds, noise=0.01):
             if isinstance(ratio, str):
                 after.faults[name] = (ratio, "as it is")
                 continue
-            for times, factor in ((before, 1.0), (after, ratio)):
-                seed = i + 10 * len(left) + (factor != 1.0)
+            for times, factor, own in ((before, 1.0, 0), (after, ratio, 100)):
+                seed = i + 10 * len(left) + own
                 found = drawn(factor, count=count, seed=seed, noise=noise)
                 times.cells[name] = [{"cell_ms": ms} for ms in found]
         on_process(2 * count, 2 * count)

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from harness import processes, trees
-from harness.processes import Asked, Side, Times
+from harness.processes import Asked, Side
 from harness.run import WorkerFailedError
 
 OLD, NEW = Side(name="old"), Side(name="new")
@@ -41,10 +43,9 @@ GUARDS = [
 
 def test_each_failure_is_told_and_the_others_are_timed(repository):
     (repository / "guards.py").write_text(BROKEN)
-    times = Times()
     side = Side(name="now", path=repository / "guards.py")
     asked = Asked(time_limit_s=3)
-    processes.run(side, processes.listed(side, asked).names, asked, times, checked=True)
+    times = processes.several(side, processes.listed(side, asked).names, 1, asked)
     assert list(times.cells) == ["empty", "works"]
     assert times.ms("works")[0] > 0
     assert {name: status for name, (status, _) in times.faults.items()} == {
@@ -63,12 +64,10 @@ def test_each_failure_is_told_and_the_others_are_timed(repository):
 
 
 def test_anchors_are_timed_beside_a_cell_and_a_slow_down_can_be_asked_for(repository):
-    times, slowed = Times(), Times()
     asked = Asked(anchors=True)
     with trees.working(repository / "guards.py") as side:
-        processes.run(side, ["scan"], asked, times)
-        slow = Side(name="slow", path=side.path, first=side.first, slowed=0.5)
-        processes.run(slow, ["scan"], asked, slowed)
+        times = processes.several(side, ["scan"], 1, asked)
+        slowed = processes.several(replace(side, slowed=0.5), ["scan"], 1, asked)
     assert set(times.cells["scan"][0]) == {"cell_ms", "matmul_ms", "copy_ms"}
     assert slowed.ms("scan")[0] / times.ms("scan")[0] == pytest.approx(1.5, rel=0.2)
 
@@ -79,19 +78,49 @@ def test_cells_that_cannot_be_listed_are_said(tmp_path):
         processes.listed(Side(name="now", path=tmp_path / "guards.py"), Asked())
 
 
-def test_sides_take_turns_and_the_ends_compare_results(monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """What pretended processes were asked to time: side, cell, whether to compare."""
+    asked_for = []
 
-    def run(side, cells, asked, into, *, checked=False):
-        seen.append((side.name, checked))
-        for name in cells:
-            into.cells.setdefault(name, []).append({"cell_ms": 1.0})
+    class Pretended(processes._Process):
+        def start(self):
+            pass
 
-    monkeypatch.setattr(processes, "run", run)
-    old, new = processes.pairs(OLD, NEW, ["a"], 4, Asked())
-    assert [name for name, _ in seen] == ["old", "new", "new", "old"] * 2
-    assert [checked for _, checked in seen] == [True] * 2 + [False] * 4 + [True] * 2
-    assert len(old.ms("a")) == len(new.ms("a")) == 4
+        def time(self, name, *, checked):
+            asked_for.append((self._side.name, name, checked))
+            if (self._side.name, name) == ("new", "fails"):
+                self._into.faults[name] = ("error", "as it is")
+            else:
+                self._into.cells.setdefault(name, []).append({"cell_ms": 1.0})
+
+    monkeypatch.setattr(processes, "_Process", Pretended)
+    return asked_for
+
+
+def test_sides_take_turns_cell_by_cell_and_the_ends_compare_results(seen):
+    old, new = processes.pairs(OLD, NEW, ["a", "b"], 4, Asked())
+    first = [("old", "a"), ("new", "a"), ("old", "b"), ("new", "b")]
+    second = [("new", "a"), ("old", "a"), ("new", "b"), ("old", "b")]
+    assert [(side, cell) for side, cell, _ in seen] == [*first, *second] * 2
+    assert [checked for *_, checked in seen] == [True] * 4 + [False] * 8 + [True] * 4
+    assert len(old.ms("a")) == len(new.ms("b")) == 4
+
+
+def test_a_cell_that_fails_on_one_side_is_left_out_of_further_pairs(seen):
+    old, new = processes.pairs(OLD, NEW, ["fails", "a"], 3, Asked())
+    assert [cell for _, cell, _ in seen].count("fails") == 2
+    assert (len(old.ms("fails")), len(new.ms("a"))) == (1, 3)
+
+
+def test_a_pair_lives_at_the_same_time(repository):
+    (repository / "guards.py").write_text(BROKEN)
+    side = Side(name="now", path=repository / "guards.py")
+    cells = ["dies", "works"]
+    old, new = processes.pairs(side, replace(side, name="again"), cells, 2, Asked())
+    assert len(old.ms("works")) == len(new.ms("works")) == 2
+    for times in (old, new):
+        assert times.faults["dies"][0] == "crashed"
 
 
 def test_a_process_that_does_not_start_is_said(monkeypatch):
@@ -101,3 +130,5 @@ def test_a_process_that_does_not_start_is_said(monkeypatch):
     monkeypatch.setattr(processes, "Worker", no)
     with pytest.raises(WorkerFailedError, match="no memory"):
         processes.listed(NEW, Asked())
+    with pytest.raises(WorkerFailedError, match="no memory"):
+        processes.pairs(OLD, NEW, ["a"], 7, Asked())

@@ -2,7 +2,7 @@ import pytest
 
 from guarded import GUARDS, SLOW, commit
 from harness import processes, trees
-from harness.processes import Asked, Times
+from harness.processes import Asked
 
 ALONE = """
 import torch
@@ -24,9 +24,7 @@ sys.path.insert(0, str(Path("../mine/python").resolve()))
 
 def seconds(side):
     """What the sides' only process says of the cell "scan", in ms."""
-    found = Times()
-    processes.run(side, ["scan"], Asked(), found)
-    return found.ms("scan")[0]
+    return processes.several(side, ["scan"], 1, Asked()).ms("scan")[0]
 
 
 def test_each_side_measures_its_own_tree(repository):
