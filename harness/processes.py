@@ -181,7 +181,7 @@ def several(
     *,
     on_process: Callable[[int, int], None] = lambda done, of: None,
 ) -> Times:
-    """Time cells in so many processes; the first and the last compare results too.
+    """Time cells in so many processes; the first and the last also check results and origin.
 
     Raises:
         ValueError: a cell ran code that is not of this side.
@@ -207,8 +207,9 @@ def pairs(
 ) -> tuple[Times, Times]:
     """Time cells in `count` pairs of processes, in turn: old and new, new and old.
 
-    The first process of each side compares every result with what it should be, and so does the
-    last. A cell that fails on one side is not timed on the other any longer.
+    The first process of each side compares every result with what it should be, and looks where
+    its code came from, and so does the last. A cell that fails on one side is not timed on the
+    other any longer.
 
     Raises:
         ValueError: a cell ran code that is not of its side.
