@@ -7,7 +7,7 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
 NVIDIA := nvidia-smi -L 2>/dev/null | grep -q ^GPU
 CUDA_BUILD := $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'
 
