@@ -225,7 +225,7 @@ def pairs(
                 both = [stack.enter_context(_process(s, asked, found[s])) for s in order]
                 list(starters.map(_Process.start, both))
                 for name in cells:
-                    if pair > 0 and any(name in times.faults for times in found.values()):
+                    if any(name in times.faults for times in found.values()):
                         continue
                     for process in both:
                         process.time(name, checked=checked)

@@ -89,7 +89,7 @@ def seen(monkeypatch):
 
         def time(self, name, *, checked):
             asked_for.append((self._side.name, name, checked))
-            if (self._side.name, name) == ("new", "fails"):
+            if (self._side.name, name) in (("new", "fails"), ("old", "is new")):
                 self._into.faults[name] = ("error", "as it is")
             else:
                 self._into.cells.setdefault(name, []).append({"cell_ms": 1.0})
@@ -108,9 +108,12 @@ def test_sides_take_turns_cell_by_cell_and_the_ends_compare_results(seen):
 
 
 def test_a_cell_that_fails_on_one_side_is_left_out_of_further_pairs(seen):
-    old, new = processes.pairs(OLD, NEW, ["fails", "a"], 3, Asked())
-    assert [cell for _, cell, _ in seen].count("fails") == 2
-    assert (len(old.ms("fails")), len(new.ms("a"))) == (1, 3)
+    old, new = processes.pairs(OLD, NEW, ["fails", "is new", "a"], 3, Asked())
+    for name in ("fails", "is new"):
+        assert [(side, cell) for side, cell, _ in seen if cell == name] == [
+            ("old", name), ("new", name),
+        ]  # fmt: skip
+    assert (len(old.ms("fails")), len(new.ms("is new")), len(new.ms("a"))) == (1, 1, 3)
 
 
 def test_a_pair_lives_at_the_same_time(repository):
@@ -121,6 +124,29 @@ def test_a_pair_lives_at_the_same_time(repository):
     assert len(old.ms("works")) == len(new.ms("works")) == 2
     for times in (old, new):
         assert times.faults["dies"][0] == "crashed"
+
+
+def test_no_process_outlives_its_pair(monkeypatch):
+    running, most = set(), 0
+
+    class Pretended:
+        def __init__(self, *_, **__):
+            nonlocal most
+            self.environment = {}
+            running.add(self)
+            most = max(most, len(running))
+
+        def ask(self, *_, **__):
+            return {"status": "ok", "metrics": {"cell_ms": 1.0}}
+
+        def kill(self):
+            running.remove(self)
+
+    monkeypatch.setattr(processes, "Worker", Pretended)
+    processes.pairs(OLD, NEW, ["a"], 3, Asked())
+    assert (most, running) == (2, set())
+    processes.several(NEW, ["a"], 3, Asked())
+    assert (most, running) == (2, set())
 
 
 def test_a_process_that_does_not_start_is_said(monkeypatch):

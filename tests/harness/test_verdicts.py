@@ -173,6 +173,7 @@ def test_neither_drift_nor_erratic_new_code_nor_a_change_is_noise():
     drift = np.exp(0.2 * np.random.default_rng(1).standard_normal(12))
     drifting = [list(np.array(side) * drift) for side in (quiet, still)]
     assert verdicts.pair_noise(*drifting) < 0.015
+    assert verdicts.pair_noise(drifting[0], [1.3 * ms for ms in drifting[1]]) < 0.015
     erratic = [ms * (1.5 if i % 3 else 1.0) for i, ms in enumerate(still)]
     assert verdicts.pair_noise(quiet, erratic) < 0.015
     assert verdicts.pair_noise(drifting[0], erratic) > 0.05
