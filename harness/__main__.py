@@ -454,7 +454,9 @@ def check(
     calibrate: Flag = False,
     update: Flag = False,
     self_test: Flag = False,
-    from_: Annotated[list[Path] | None, Parameter(name="--from", negative="")] = None,
+    from_: Annotated[
+        list[Path] | None, Parameter(name="--from", negative="", consume_multiple=True)
+    ] = None,
     reason: str | None = None,
     accept: Names = None,
     cell: Names = None,
@@ -493,8 +495,8 @@ def check(
     cell
         Only the cells of this name or pattern, as "ssd*".
     baseline
-        The file; default: in results/check, called after the file of guards and the device; of
-        --counters: in results/counters.
+        The file; default: in results/check at the top of the repository, called after the file of
+        guards and the device; of --counters: in results/counters.
     pairs
         Pairs of processes; default: 12 on a CPU, 7 on a GPU.
     device
@@ -513,7 +515,6 @@ def check(
         One JSON document on standard output, everything else on standard error.
     """
     from harness import check_modes, judged
-    from harness.baseline import BaselineError, RefusedError
     from harness.processes import Asked
     from harness.progress import StepProgress
     from harness.run import WorkerFailedError
@@ -539,6 +540,10 @@ def check(
             markdown=markdown,
         )
         options.refuse()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    check_modes.write_failure(options, "the check did not come to its end")
+    try:
         with StepProgress(_console(stderr=True)) as progress:
             if calibrate or update:
                 line = check_modes.written(options, progress)
@@ -549,16 +554,12 @@ def check(
                 _say(rates.document(), rates.lines(), json)
                 return 0 if rates.sound else 1
             found = check_modes.report(options, progress)
-    except BaselineError as error:
-        if junit is not None:
-            junit.write_text(judged.junit_of_failure(str(error)), encoding="utf-8")
-        return _complain(str(error), 3)
-    except RefusedError as error:
-        return _complain(str(error), 1)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    except WorkerFailedError as error:
-        return _complain(str(error), 5)
+    except (ValueError, WorkerFailedError) as error:
+        code = check_modes.exit_code(error)
+        check_modes.write_failure(options, str(error))
+        if json:
+            _print_json({"schema": 1, "exit_code": code, "summary": str(error), "cells": []})
+        return _complain(str(error), code)
     if json:
         _print_json(judged.as_json(found))
     else:
@@ -851,7 +852,7 @@ def main() -> None:
         code = _complain(str(error), 2)
     except KeyboardInterrupt as stop:
         number = signal.SIGTERM if isinstance(stop, _TerminatedError) else signal.SIGINT
-        message = f"stopped by {number.name}: what is recorded stays, the same command resumes"
+        message = f"stopped by {number.name}: what is recorded stays, a run resumes when asked anew"
         code = _complain(message, 128 + number)
     except BrokenPipeError:  # the reader of a pipe left
         nowhere = os.open(os.devnull, os.O_WRONLY)

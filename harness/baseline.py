@@ -171,6 +171,9 @@ def _kept(entry: Any) -> Kept | str:
     floor = entry["floor"]
     if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 10:
         return f"the baseline has {floor!r} for its floor"
+    for name in ("commit", "utc", "reason"):
+        if not isinstance(entry[name], str) and (name, entry[name]) != ("commit", None):
+            return f"the baseline has {entry[name]!r} for its {name}"
     known = {f.name: entry.get(f.name) for f in fields(Kept)}
     return Kept(**{**known, "ratios": tuple(values)})
 
@@ -217,7 +220,7 @@ def _row(name: str, kept: Kept | str | None, now: Times, device: str) -> Row:
     watched = verdicts.tracked_only(kept.ms, kept.floor, device)
     return Row(
         name=name,
-        verdict=Verdict.TRACK_ONLY if watched else verdicts.verdict(found, limit),
+        verdict=verdicts.verdict(found, limit, watched=watched is not None),
         change=found,
         old_ms=kept.ms,
         new_ms=median(times),

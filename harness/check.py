@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from harness import processes, trees, verdicts
-from harness.judged import Report, Row, chosen, worst_first
+from harness.judged import Report, Row, chosen, refuse_unknown, worst_first
 from harness.processes import Asked, Side, Times
 from harness.verdicts import Verdict
 
@@ -44,25 +44,31 @@ def ab(
         on_process: called after each process.
 
     Raises:
-        ValueError: no repository or commit, too few pairs, or a side runs code of the other.
+        ValueError: no repository or commit, no cell of such a name, too few pairs, or a side runs
+            code of the other.
         WorkerFailedError: no process starts.
     """
     with trees.working(path) as working, trees.beside(working, reference) as (old, new):
         known, environment = processes.listed(new, asked)
+        root = trees.repository(new.folder)
         gone = [name for name in _names_of(old, asked) if name not in known]
         about = {
             **environment,
             "reference": reference,
-            "reference_commit": trees.git(old.folder, "rev-parse", "HEAD"),
-            "commit": trees.git(new.folder, "rev-parse", "HEAD"),
-            "uncommitted": trees.uncommitted(trees.repository(new.folder)),
+            "reference_commit": trees.commit_of(root, reference),
+            "commit": trees.commit_of(root, "HEAD"),
+            "uncommitted": trees.uncommitted(root),
         }
+        refuse_unknown(cells, [*known, *gone])
         rows = compare(old, new, chosen(known, cells), asked, pairs, on_process)
     missing = [
         Row(name=name, verdict=Verdict.MISSING, why=f"{reference} has it, and now it is gone")
         for name in chosen(gone, cells)
     ]
-    return Report(f"now beside {reference}", worst_first([*rows, *missing]), about)
+    title = f"now beside {reference}"
+    if new.path is not None and old.path == new.path:
+        title += f", which has no {new.path.name}: both run this one"
+    return Report(title, worst_first([*rows, *missing]), about)
 
 
 def compare(
@@ -122,7 +128,7 @@ def judged(name: str, old: Times, new: Times, device: str) -> Row:
     watched = verdicts.tracked_only(median(before), noise, device)
     return Row(
         name=name,
-        verdict=Verdict.TRACK_ONLY if watched else verdicts.verdict(found, limit),
+        verdict=verdicts.verdict(found, limit, watched=watched is not None),
         change=found,
         old_ms=median(before),
         new_ms=median(after),

@@ -18,11 +18,11 @@ from harness import (
     trees,
     verdicts,
 )
-from harness.baseline import RefusedError
+from harness.baseline import Baseline, BaselineError, RefusedError
 from harness.judged import Report
 from harness.processes import Asked, Listed
 from harness.progress import StepProgress
-from harness.run import check_settings
+from harness.run import WorkerFailedError, check_settings
 from harness.self_test import Rates
 
 COUNTS = Path("results/counters")
@@ -115,12 +115,12 @@ def report(options: Options, progress: StepProgress) -> Report:
         times, names = measured.load(options.files)
         environment = times.environment
         path = options.baseline or stored_check.place(environment, options.guards)
-        kept = baseline.only(baseline.load(path), options.cells)
+        kept = _chosen(baseline.load(path), options, names)
         names = judged.chosen(names, options.cells)
         return stored_check.compare(kept, times, names, environment["device_type"])
     with trees.working(options.guards) as side:
         listed = processes.listed(side, asked)
-        kept = baseline.only(baseline.load(_place(options, listed)), options.cells)
+        kept = _chosen(baseline.load(_place(options, listed)), options, listed.names)
         listed = listed._replace(names=judged.chosen(listed.names, options.cells))
         found, times = stored_check.check(
             kept, side, listed, asked, options.pairs, progress.advanced
@@ -182,6 +182,18 @@ def tested(options: Options, progress: StepProgress) -> Rates:
         )
 
 
+def write_failure(options: Options, why: str) -> None:
+    """Say in JUnit XML, where asked for, that nothing was compared; OSError where it cannot be."""
+    if options.junit is not None:
+        options.junit.write_text(judged.junit_of_failure(why), encoding="utf-8")
+
+
+def exit_code(error: ValueError | WorkerFailedError) -> int:
+    """3: nothing to compare with; 1: no baseline may be written; 5: no process starts; else 2."""
+    codes = {BaselineError: 3, RefusedError: 1, WorkerFailedError: 5}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
+
+
 def write_files(options: Options, report: Report) -> None:
     """JUnit XML and Markdown, where asked for; OSError where they cannot be written."""
     if options.junit is not None:
@@ -189,6 +201,12 @@ def write_files(options: Options, report: Report) -> None:
     if options.markdown is not None:
         with options.markdown.open("a", encoding="utf-8") as file:
             file.write(judged.markdown(report))
+
+
+def _chosen(kept: Baseline, options: Options, names: Sequence[str]) -> Baseline:
+    """The baseline of the cells that were asked for; ValueError where nothing is called so."""
+    judged.refuse_unknown(options.cells, [*kept.cells, *names])
+    return baseline.only(kept, options.cells)
 
 
 def _place(options: Options, listed: Listed) -> Path:

@@ -20,6 +20,8 @@ FINGERPRINT = (
     "device", "driver", "cores", "threads", "memory_gib", "torch", "triton", "python",
 )  # fmt: skip
 
+# What git tells its hooks: in another repository, or of another tree, it would be wrong.
+OF_HOOKS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 FOREIGN_LOAD = 0.5  # of our cores that others may use before a time counts as disturbed
 # The modules of the harness that decide what is measured, and how, by kind of cell.
 TRAINING = (
@@ -161,6 +163,32 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def git(place: Path, *arguments: str, index: Path | None = None) -> str:
+    """What git says in a folder, which alone decides on the repository.
+
+    Args:
+        place: the folder.
+        arguments: the command.
+        index: a file to use as its index; None: the repository's.
+
+    Raises:
+        ValueError: git refuses, or there is none; the message says why.
+    """
+    known = {name: text for name, text in os.environ.items() if name not in OF_HOOKS}
+    if index is not None:
+        known["GIT_INDEX_FILE"] = str(index)
+    command = ["git", "-C", str(place), *arguments]
+    try:
+        done = subprocess.run(  # a path need not be text
+            command, capture_output=True, text=True, errors="surrogateescape", env=known
+        )
+    except OSError as error:
+        raise ValueError(f"git cannot be run: {error.strerror}") from None
+    if done.returncode:
+        raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
+
+
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -175,15 +203,8 @@ def _commit(root: Path) -> dict[str, Any]:
     if not (root / ".git").exists():  # an installed copy may lie inside someone else's checkout
         return {"commit": None, "dirty": None}
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
+        commit = git(root, "rev-parse", "HEAD")
+        changes = git(root, "status", "--porcelain", "--untracked-files=no")
+    except ValueError:
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changes)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -35,7 +35,7 @@ class Guard:
     Attributes:
         name: of the cell; it stays the same as long as what is measured does.
         call: does the whole work and leaves its arguments as they are. The tensors, arrays and
-            numbers in what it returns are compared.
+            numbers in what it returns are compared: also in lists, mappings and dataclasses.
         inputs: makes the arguments of `call`, a tuple.
         reference: returns what `call` should, of the same arguments; None: the result is only
             checked for being the same after as before it was timed, and finite.
@@ -121,7 +121,9 @@ def _of_file(path: Path) -> list[Guard]:
     return _listed(found["GUARDS"], str(path))
 
 
-def _listed(guards: Iterable[Any], where: str) -> list[Guard]:
+def _listed(guards: Any, where: str) -> list[Guard]:
+    if not isinstance(guards, Iterable):
+        raise ValueError(f"{where}: {guards!r} is no list of harness.guards.Guard")
     found = list(guards)
     for guard in found:
         if not isinstance(guard, Guard):
@@ -212,10 +214,12 @@ def _guarded(guard: Guard) -> Prepared:
     def fault() -> str | None:
         nonlocal wanted
         if wanted is None:
-            wanted = _tensors((guard.reference or guard.call)(*inputs))
+            right = guard.call if guard.reference is None else guard.reference
+            wanted = _tensors(right(*inputs))
+        if not wanted:
+            what = "call" if guard.reference is None else "reference"
+            return f"the {what} returns no tensor, array or number to compare"
         found = _tensors(guard.call(*inputs))
-        if guard.reference is not None and not wanted:
-            return "the reference returns no tensor, array or number to compare"
         if len(found) != len(wanted):
             return f"{len(found)} tensors, not {len(wanted)}"
         for tensor, right in zip(found, wanted, strict=True):
@@ -238,6 +242,8 @@ def _tensors(result: Any) -> list[Any]:
         return [result.detach().clone()]
     if isinstance(result, np.ndarray | np.generic | bool | int | float | complex):
         return [torch.from_numpy(np.array(result))]
+    if is_dataclass(result) and not isinstance(result, type):
+        result = [getattr(result, part.name) for part in fields(result)]
     if isinstance(result, Mapping):
         result = result.values()
     if isinstance(result, Iterable) and not isinstance(result, str | bytes):

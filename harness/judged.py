@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from harness.report import number
+from harness.sweep import unknown
 from harness.verdicts import RED, Change, Verdict, exit_code
 from harness.worker import one_line
 
@@ -90,6 +91,13 @@ def chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     if not patterns:
         return list(names)
     return [n for n in names if any(n == p or fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def refuse_unknown(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """ValueError for a pattern that no name matches, where there are names."""
+    for pattern in patterns:
+        if names and not chosen(names, [pattern]):
+            raise ValueError(unknown("cell", pattern, names))
 
 
 def table(report: Report) -> Table:
@@ -206,7 +214,7 @@ def _xml(text: str) -> str:
 
 def _cell(text: str) -> str:
     """Text that is nothing but text in a Markdown table."""
-    found = " ".join(text.split()).replace("\\", "\\\\")
+    found = " ".join(text.split()).replace("\\", "\\\\").replace("&", "&amp;")
     for sign in "|<>*_`[]":
         found = found.replace(sign, f"\\{sign}" if sign not in "<>" else f"&{'lg'[sign == '>']}t;")
     return found

@@ -44,9 +44,14 @@ def load(paths: Sequence[Path]) -> tuple[Times, list[str]]:
         paths: one file of `save`, or files of pytest-benchmark, one a process.
 
     Raises:
-        BaselineError: a file is neither, or they are of different devices.
+        BaselineError: a file is neither, has no benchmark, or is there twice, or they are of
+            different devices.
     """
     documents = [(path, _read(path)) for path in paths]
+    for i, (path, document) in enumerate(documents):
+        for other, before in documents[:i]:
+            if document == before:
+                raise BaselineError(f"{path} holds what {other} does: a file is a process")
     if len(documents) == 1 and "cells" in documents[0][1]:
         return _ours(*documents[0])
     times, seen = Times(), Counter[str]()
@@ -121,6 +126,7 @@ def _ours(path: Path, document: Mapping[str, Any]) -> tuple[Times, list[str]]:
         document.get("schema") == SCHEMA
         and isinstance(names, list)
         and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names)
         and isinstance(cells, dict)
         and all(_are_processes(said) for said in cells.values())
         and isinstance(faults, dict)
@@ -161,6 +167,8 @@ def _of_pytest(path: Path, document: Mapping[str, Any]) -> dict[str, dict[str, A
     benchmarks = document.get("benchmarks")
     if not isinstance(benchmarks, list):
         raise BaselineError(f"{path} is neither of seqscale check --save nor pytest-benchmark")
+    if not benchmarks:
+        raise BaselineError(f"{path} has no benchmark")
     found = {}
     for benchmark in benchmarks:
         extra = benchmark.get("extra_info") if isinstance(benchmark, dict) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness import check, processes
 from harness.check import OnProcess
-from harness.judged import Row, chosen
+from harness.judged import Row, chosen, refuse_unknown
 from harness.processes import Asked, Side
 from harness.verdicts import Verdict
 
@@ -103,9 +103,11 @@ def run(
         ValueError: no cell is called so, or none gates.
         WorkerFailedError: no process starts.
     """
-    cells = chosen(processes.listed(side, asked).names, patterns)
-    if not cells:
-        raise ValueError(f"no cell is called {', '.join(patterns)}" if patterns else "no cell")
+    known = processes.listed(side, asked).names
+    if not known:
+        raise ValueError("there is no cell")
+    refuse_unknown(patterns, known)
+    cells = chosen(known, patterns)
 
     def against(other: Side, what: str) -> list[Row]:
         return check.compare(

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness import baseline, processes, trees
 from harness.baseline import Baseline, BaselineError, RefusedError
 from harness.check import CHANGED, PAIRS, OnProcess
-from harness.judged import Report, chosen, worst_first
+from harness.judged import Report, chosen, refuse_unknown, worst_first
 from harness.processes import Asked, Listed, Side, Times
 
 FOLDER = Path("results/check")
@@ -94,9 +94,19 @@ def refuse_other_place(kept: Baseline, environment: baseline.Environment) -> Non
 
 
 def place(environment: baseline.Environment, path: Path | None) -> Path:
-    """Where the baseline of a device and a file of guards lies where nothing else is said."""
-    stem = "" if path is None else f"{path.stem}-"
-    return FOLDER / f"{stem}{baseline.file_name(environment)}"
+    """Where the baseline of a device and a file of guards lies where nothing else is said.
+
+    At the top of the repository, or beside the file of guards where there is none, whatever the
+    working directory is.
+    """
+    folder = Path.cwd() if path is None else path.resolve().parent
+    try:
+        root = trees.repository(folder)
+    except ValueError:
+        root = folder
+    stem = () if path is None else path.resolve().relative_to(root).with_suffix("").parts
+    found = root / FOLDER / "-".join((*stem, baseline.file_name(environment)))
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
 def calibrate(
@@ -118,10 +128,12 @@ def calibrate(
         on_process: called after each process.
 
     Raises:
-        RefusedError: the tree has changes that are not committed, or a cell fails.
+        RefusedError: the tree has changes that are not committed, there is no cell, or one fails.
         WorkerFailedError: no process starts.
     """
     commit = clean_commit(side)
+    if not listed.names:
+        raise RefusedError("there is no cell to take a baseline of")
     count = PAIRS[asked.device] if pairs is None else pairs
     times = measure(side, listed.names, asked, 2 * count, on_process)
     return _taken(times, listed.names, commit, reason)
@@ -151,11 +163,13 @@ def update(
 
     Raises:
         BaselineError: it is of another device.
+        ValueError: nothing is called as one of `accepted`.
         RefusedError: uncommitted changes, or a red cell that is not accepted.
         WorkerFailedError: no process starts.
     """
     commit = clean_commit(side)
     refuse_other_place(kept, listed.environment)
+    refuse_unknown(accepted, [*kept.cells, *listed.names])
     count = PAIRS[asked.device] if pairs is None else pairs
     times = measure(side, listed.names, asked, 2 * count, on_process)
     rows = compare(kept, times, listed.names, asked.device).rows
@@ -168,16 +182,23 @@ def clean_commit(side: Side) -> str:
     """The commit of the code that is guarded.
 
     Raises:
-        RefusedError: it has changes that are not committed, or is in no repository.
+        RefusedError: it has changes that are not committed, or is in no repository, or git ignores
+            the file of guards.
     """
-    if side.tree is None:
+    try:
+        commit = trees.commit_of(trees.repository(side.folder), "HEAD")
+    except ValueError:
+        commit = None
+    if side.tree is None or commit is None:
         raise RefusedError(f"{side.folder} has no commit: a baseline says whose code it is")
     if changed := trees.uncommitted(side.tree):
         raise RefusedError(
             f"{side.tree} has changes that are not committed ({', '.join(changed[:3])}): commit "
             "them first"
         )
-    return trees.git(side.tree, "rev-parse", "HEAD")
+    if side.path is not None and not trees.is_tracked(side.path):
+        raise RefusedError(f"git ignores {side.path}: a baseline is of a commit; commit it first")
+    return commit
 
 
 def _taken(times: Times, names: Sequence[str], commit: str, reason: str) -> Baseline:

@@ -7,7 +7,6 @@ they have.
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import harness
+from harness.environment import git
 from harness.processes import Side
 
 
@@ -42,35 +42,31 @@ def working(path: Path | None) -> Iterator[Side]:
 def beside(now: Side, reference: str) -> Iterator[tuple[Side, Side]]:
     """The tree of a commit in a folder of its own, gone afterwards, and `now` kept from it.
 
-    Its own file of guards names what is guarded there; where it has none, that of `now` does.
+    Its own file of guards names what is guarded there; where it has none, that of `now` does. The
+    folder is no worktree that git knows of: neither its index, nor its hooks, nor its list of
+    worktrees is touched, so nothing of it can be left behind. Submodules are not in it.
 
     Raises:
         ValueError: no repository, or no such commit.
     """
-    root = now.tree
-    if root is None:
-        raise ValueError(f"{now.folder} lies in no git repository: --ab needs one")
-    try:
-        commit = git(root, "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}")
-    except subprocess.CalledProcessError:
-        raise ValueError(f"git knows no commit {reference!r} in {root}") from None
+    root = now.tree or repository(now.folder)
+    commit = commit_of(root, reference)
     with tempfile.TemporaryDirectory(prefix="seqscale-") as folder:
-        tree = Path(folder).resolve() / "tree"
-        git(root, "worktree", "add", "--detach", "--force", str(tree), commit)
-        try:
-            place = tree / now.folder.relative_to(root)
-            path = now.path and tree / now.path.relative_to(root)
-            old = Side(
-                name=reference,
-                path=path if path and path.is_file() else now.path,
-                first=(now.first[0], *_importable(place, tree)),
-                folder=place if place.is_dir() else tree,
-                tree=tree,
-                other=root,
-            )
-            yield old, replace(now, other=tree)
-        finally:
-            git(root, "worktree", "remove", "--force", str(tree))
+        tree, index = Path(folder).resolve() / "tree", Path(folder).resolve() / "index"
+        tree.mkdir()
+        git(root, "read-tree", commit, index=index)
+        git(root, "checkout-index", "--all", f"--prefix={tree}/", index=index)
+        place = tree / now.folder.relative_to(root)
+        path = now.path and tree / now.path.relative_to(root)
+        old = Side(
+            name=reference,
+            path=path if path and path.is_file() else now.path,
+            first=(now.first[0], *_importable(place, tree)),
+            folder=place if place.is_dir() else tree,
+            tree=tree,
+            other=root,
+        )
+        yield old, replace(now, other=tree)
 
 
 def repository(place: Path) -> Path:
@@ -81,8 +77,22 @@ def repository(place: Path) -> Path:
     """
     try:
         return Path(git(place, "rev-parse", "--show-toplevel")).resolve()
-    except (OSError, subprocess.CalledProcessError):
-        raise ValueError(f"{place} lies in no git repository") from None
+    except ValueError as error:
+        raise ValueError(f"{place} lies in no git repository ({error})") from None
+
+
+def commit_of(root: Path, reference: str) -> str:
+    """The hash of a commit, branch or tag.
+
+    Raises:
+        ValueError: git knows none of that name.
+    """
+    try:
+        return git(root, "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}")
+    except ValueError:
+        shallow = git(root, "rev-parse", "--is-shallow-repository") == "true"
+        hint = ", a shallow clone: git fetch --unshallow gets the others" if shallow else ""
+        raise ValueError(f"git knows no commit {reference!r} in {root}{hint}") from None
 
 
 def uncommitted(root: Path) -> list[str]:
@@ -91,12 +101,9 @@ def uncommitted(root: Path) -> list[str]:
     return changed + git(root, "ls-files", "--others", "--exclude-standard", "*.py").splitlines()
 
 
-def git(place: Path, *arguments: str) -> str:
-    """What git says in a folder; OSError without git, CalledProcessError where it refuses."""
-    done = subprocess.run(
-        ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+def is_tracked(path: Path) -> bool:
+    """Whether a file is of what git keeps."""
+    return bool(git(path.parent, "ls-files", "--", path.name))
 
 
 def _importable(place: Path, tree: Path) -> tuple[Path, ...]:

@@ -30,6 +30,7 @@ LEAST_MS = {"cpu": 0.05, "cuda": 0.002}  # a change below it does not count
 # Cells whose time or noise is beyond these are watched, and stop nobody.
 SHORTEST_MS = 0.01
 NOISIEST = 0.05
+GROSS = 2.0  # unless the ratio is surely above it
 TIMES_MS = (1e-9, 1e9)  # what can be a time, or a ratio of two
 DRAWS = 2000  # of signs or halves, for the noise of a cell against itself
 
@@ -153,7 +154,7 @@ def limit(ms: float, floor: float | None, device: str) -> float:
 
 
 def tracked_only(ms: float, floor: float | None, device: str) -> str | None:
-    """Why a cell of this time and noise stops nobody; None where it may."""
+    """Why a cell of this time and noise is watched only; None where it may stop somebody."""
     if ms < SHORTEST_MS:
         return f"under {1e3 * SHORTEST_MS:g} µs"
     if floor is not None and floor > NOISIEST:
@@ -161,8 +162,16 @@ def tracked_only(ms: float, floor: float | None, device: str) -> str | None:
     return None
 
 
-def verdict(found: Change, limit: float) -> Verdict:
-    """What a change means, where only ratios beyond `limit` count."""
+def verdict(found: Change, limit: float, *, watched: bool = False) -> Verdict:
+    """What a change means, where only ratios beyond `limit` count.
+
+    Args:
+        found: the change.
+        limit: as of the function of that name.
+        watched: whether the cell is short or noisy, so that only a gross slow-down counts.
+    """
+    if watched and not found.low > max(GROSS, limit):
+        return Verdict.TRACK_ONLY
     if found.low > 1 and found.ratio > limit:
         return Verdict.REGRESSION
     if found.high < 1 and found.ratio < 1 / limit:

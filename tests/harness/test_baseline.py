@@ -110,6 +110,9 @@ def test_a_noisy_cell_is_watched_only():
     kept = baseline.taken(noisy, CELLS, "c0ffee", "now", "why")
     now = measured({"ssd forward": 3.0}, count=12)
     assert verdicts_of(kept, now)["ssd forward"] == Verdict.TRACK_ONLY
+    for metrics in now.cells["ssd forward"]:
+        metrics["cell_ms"] *= 10
+    assert verdicts_of(kept, now)["ssd forward"] == Verdict.REGRESSION
     assert set(baseline.gating(kept, "cpu")) == {"ssd backward", "attention forward"}
 
 
@@ -165,6 +168,8 @@ def test_too_few_processes_fail(kept):
         lambda cell: cell.update(floor=-1),
         lambda cell: cell.update(floor=1e9),  # nothing would count
         lambda cell: cell.update(anchor="sun"),
+        lambda cell: cell.update(reason=math.nan),
+        lambda cell: cell.update(commit=5),
     ],
 )
 def test_a_cell_whose_baseline_is_damaged_fails_and_the_others_are_judged(tmp_path, kept, change):

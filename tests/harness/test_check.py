@@ -167,6 +167,21 @@ def test_only_chosen_cells_are_measured(repository, monkeypatch):
     assert [row.name for row in found.rows] == ["scan twice"]
 
 
+def test_a_name_that_no_cell_has_is_no_empty_choice(repository, monkeypatch):
+    told(monkeypatch, {})
+    with pytest.raises(ValueError, match=r"unknown cell 'scna', expected .* did you mean 'scan'"):
+        check.ab("HEAD", MINE, Asked(), cells=["scan", "scna"])
+
+
+def test_it_is_said_where_the_commit_has_no_file_of_guards(repository, monkeypatch):
+    told(monkeypatch, {}, {})
+    assert check.ab("HEAD", MINE, Asked()).title == "now beside HEAD"
+    other = repository / "other.py"
+    other.write_text(GUARDS)
+    said = "now beside HEAD, which has no other.py: both run this one"
+    assert check.ab("HEAD", other, Asked()).title == said
+
+
 def test_a_commit_whose_guards_cannot_be_listed_is_no_empty_one(repository):
     MINE.write_text("import nothing_of_that_name")
     commit(repository)
@@ -182,5 +197,5 @@ def test_a_slow_down_is_found_and_confirmed_and_the_tree_left_clean(repository):
     assert row.verdict == Verdict.REGRESSION
     assert 1.2 < row.change.low < row.change.ratio < row.change.high < 1.7
     assert found.exit_code == 1
-    trees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True)
-    assert len(trees.stdout.splitlines()) == 1
+    status = subprocess.run(["git", "status", "-s"], capture_output=True, text=True, check=True)
+    assert status.stdout == " M src/mine.py\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from guarded import SLOW, commit
-from harness import baseline, check, measured, stored_check
+from harness import baseline, check, check_modes, measured, stored_check
 from harness.judged import Report, Row
 from harness.verdicts import Verdict
 from test_baseline import CELLS, HERE
@@ -76,7 +76,21 @@ def test_only_chosen_cells_are_compared(compared, here):
     command = compared({"attention forward": 1.3})
     assert here(*command)[0] == 1
     assert here(*command, "--cell", "ssd*")[0] == 0
-    assert here(*command, "--cell", "nothing")[0] == 3
+    code, out, err = here(*command, "--cell", "ssd*", "--cell", "atention forward")
+    assert (code, out) == (2, "")
+    assert "unknown cell 'atention forward'" in err
+    assert "did you mean 'attention forward'?" in err
+
+
+def test_several_files_follow_one_from(compared, here, tmp_path):
+    """A slow file among them is not taken for something else."""
+    compared({"ssd forward": 1.3})
+    (tmp_path / "slow.json").write_text((tmp_path / "now.json").read_text())
+    command = compared()
+    files = ("--from", "now.json", "slow.json", *command[3:])
+    code, out, err = here("check", *files)
+    assert (code, out) == (3, "")
+    assert "now.json is neither of seqscale check --save nor pytest-benchmark" in err
 
 
 def test_files_for_others_are_written(compared, here, tmp_path, monkeypatch):
@@ -90,9 +104,41 @@ def test_files_for_others_are_written(compared, here, tmp_path, monkeypatch):
     assert (tmp_path / "summary.md").read_text().startswith("before\n## ")
     compared()
     (tmp_path / "baseline.json").unlink()
-    code, *_ = here("check", "--from", "now.json", "--baseline", "baseline.json", *files[:2])
-    assert code == 3
+    command = ("check", "--from", "now.json", "--baseline", "baseline.json", *files[:2])
+    assert here(*command)[0] == 3
     assert 'errors="1"' in (tmp_path / "junit.xml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("--from", "none.json"), 3), (("--ab", "nowhere"), 2)]
+)
+def test_where_nothing_is_compared_that_is_told_too(here, repository, tmp_path, arguments, code):
+    junit = repository / "junit.xml"
+    junit.write_text('<testsuite tests="1"/>')  # of the last time
+    found, out, err = here("check", *arguments, "--junit", "junit.xml", "--json")
+    document = json.loads(out)
+    assert (found, document["exit_code"]) == (code, code)
+    assert err == f"seqscale: {document['summary']}\n"
+    assert f'<error message="{document["summary"]}'[:40] in junit.read_text()
+
+
+def test_a_check_that_is_stopped_leaves_no_report_of_the_last_one(here, repository, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_modes, "report", stopped)
+    (repository / "junit.xml").write_text('<testsuite tests="1"/>')
+    assert here("check", "--ab", "HEAD", "--junit", "junit.xml")[0] == 130
+    assert "the check did not come to its end" in (repository / "junit.xml").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_said_before_anything_is_measured(
+    here, repository, monkeypatch
+):
+    monkeypatch.setattr(check_modes, "report", None)
+    code, _, err = here("check", "--ab", "HEAD", "--junit", ".")
+    assert code == 5
+    assert err.startswith("seqscale: .: Is a directory")
 
 
 def broken(times):
@@ -208,19 +254,34 @@ def test_a_baseline_that_is_there_is_not_taken_anew(here, repository):
     assert "--update rewrites what moved" in err
 
 
-def test_each_file_of_guards_has_a_baseline_of_its_own():
-    assert stored_check.place(HERE, Path("bench/guards.py")) == Path(
-        "results/check/guards-a-cpu-2t-torch-2.13.0.json"
-    )
-    assert stored_check.place(HERE, None).name == "a-cpu-2t-torch-2.13.0.json"
+def test_each_file_of_guards_has_a_baseline_of_its_own(repository, monkeypatch):
+    (repository / "bench").mkdir()
+    folder, device = Path("results/check"), "a-cpu-2t-torch-2.13.0.json"
+    places = {
+        "guards.py": folder / f"guards-{device}",
+        "bench/guards.py": folder / f"bench-guards-{device}",
+        None: folder / device,
+    }
+    for path, place in places.items():
+        assert stored_check.place(HERE, path and Path(path)) == place
+    # The same wherever one stands.
+    monkeypatch.chdir(repository / "bench")
+    assert stored_check.place(HERE, Path("guards.py")) == repository / places["bench/guards.py"]
+    assert stored_check.place(HERE, None) == repository / places[None]
+
+
+def test_outside_of_a_repository_a_baseline_lies_beside_the_file_of_guards(tmp_path):
+    place = stored_check.place(HERE, tmp_path / "guards.py")
+    assert place == tmp_path / "results/check/guards-a-cpu-2t-torch-2.13.0.json"
 
 
 def test_a_folder_without_anything_that_is_guarded_compares_nothing(here, repository):
     (repository / "guards.py").unlink()
     commit(repository)
-    code, out, _ = here("check", "--ab", "HEAD")
-    assert code == 3
-    assert "nothing was compared: there is no cell" in out
+    for cells in ((), ("--cell", "scan")):
+        code, out, _ = here("check", "--ab", "HEAD", *cells)
+        assert code == 3
+        assert "nothing was compared: there is no cell" in out
 
 
 def test_two_trees_are_compared_as_asked(here, repository, monkeypatch):

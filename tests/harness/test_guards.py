@@ -1,5 +1,6 @@
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def test_short_convolutions_return_what_they_should(name):
     ("text", "said"),
     [
         ("GUARD = []", "has no list GUARDS of harness.guards.Guard"),
+        ("GUARDS = None", "guards.py: None is no list of harness.guards.Guard"),
         ("GUARDS = [3]", "3 is no harness.guards.Guard"),
         (f"{BASE}GUARDS = [Guard(3, print)]", "called by a text, not 3"),
         (f"{BASE}GUARDS = [Guard('a', 3)]", "call is not callable"),
@@ -89,3 +91,32 @@ def test_the_reference_is_not_run_where_nothing_is_compared():
     cell.function()
     with pytest.raises(AssertionError):
         cell.fault()
+
+
+def fault(call, reference=None):
+    return guards._guarded(Guard("a", call, lambda: (torch.ones(3),), reference)).fault()
+
+
+def test_a_reference_that_is_false_is_one():
+    """As a module without parts is."""
+    assert not torch.nn.Sequential()
+    assert fault(lambda x: x + 1, torch.nn.Sequential()) == "relative error 1.0e+00, allowed 1e-03"
+
+
+@dataclass
+class Out:
+    y: torch.Tensor
+    name: str = "y"
+
+
+def test_a_dataclass_is_looked_into():
+    assert fault(Out) is None
+    assert fault(lambda x: Out(x + 1), Out) == "relative error 1.0e+00, allowed 1e-03"
+    assert fault(lambda x: Out(x * float("nan"))) == "relative error nan, allowed 1e-03"
+
+
+@pytest.mark.parametrize("result", [None, "done", [], object(), Out])
+def test_a_result_that_cannot_be_compared_is_a_fault(result):
+    why = "returns no tensor, array or number to compare"
+    assert fault(lambda x: result) == f"the call {why}"
+    assert fault(lambda x: x, lambda x: result) == f"the reference {why}"

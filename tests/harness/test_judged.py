@@ -97,6 +97,11 @@ def test_markdown_is_one_line_a_cell(found):
     assert "<script>" not in judged.markdown(found)
 
 
+def test_markdown_shows_a_name_as_it_is():
+    row = Row(name="&lt;b&gt; & <b>", verdict=Verdict.SAME)
+    assert "&amp;lt;b&amp;gt; &amp; &lt;b&gt;" in judged.markdown(Report("", [row]))
+
+
 def test_annotations_cannot_be_forged(found):
     lines = judged.workflow_commands(found)
     assert len(lines) == 4

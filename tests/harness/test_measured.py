@@ -114,6 +114,23 @@ def test_one_file_is_one_process_and_no_verdict(tmp_path, kept):
     assert "1 processes: a verdict needs 7" in found.rows[0].why
 
 
+def test_a_process_counts_once(tmp_path):
+    files = [of_pytest(tmp_path, taken(count=12, seed=9), process) for process in range(2)]
+    copy = tmp_path / "copy.json"
+    copy.write_text(files[0].read_text())
+    for again in (files[0], copy):
+        with pytest.raises(BaselineError, match=f"{again} holds what {files[0]} does"):
+            measured.load([*files, again])
+
+
+def test_a_cell_that_is_named_twice_is_refused(tmp_path):
+    now = taken(count=7)
+    now.environment = PLACE
+    measured.save(now, [*CELLS, CELLS[0]], tmp_path / "ours.json")
+    with pytest.raises(BaselineError, match=r"ours\.json is no file of"):
+        measured.load([tmp_path / "ours.json"])
+
+
 ANY = [None, 5, "x", [], [3], {}, [{}], [None], [{"extra_info": None}], {"a": 5}, {"a": [{}]}]
 
 
@@ -121,9 +138,8 @@ ANY = [None, 5, "x", [], [3], {}, [{}], [None], [{"extra_info": None}], {"a": 5}
 def test_a_file_that_tells_too_little_is_refused(tmp_path, value):
     now = taken(count=7)
     now.environment = PLACE
-    if value != []:  # which is a run without a benchmark
-        with pytest.raises(BaselineError, match=r"0\.json"):
-            measured.load([of_pytest(tmp_path, now, 0, benchmarks=value)])
+    with pytest.raises(BaselineError, match=r"0\.json"):
+        measured.load([of_pytest(tmp_path, now, 0, benchmarks=value)])
     with pytest.raises(BaselineError, match=r"0\.json"):
         measured.load([of_pytest(tmp_path, now, 0, here=value)])
     measured.save(now, CELLS, tmp_path / "ours.json")

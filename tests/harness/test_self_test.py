@@ -78,5 +78,5 @@ def test_where_no_cell_gates_nothing_is_tested(monkeypatch):
     told(monkeypatch, {}, noise=0.3)
     with pytest.raises(ValueError, match="no cell gates here: noise"):
         self_test.run(SIDE, Asked())
-    with pytest.raises(ValueError, match="no cell is called d"):
+    with pytest.raises(ValueError, match="unknown cell 'd'"):
         self_test.run(SIDE, Asked(), ["d"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from guarded import GUARDS, SLOW
+from guarded import GUARDS, SLOW, git
 from harness import baseline, processes, stored_check, trees
 from harness.baseline import BaselineError, RefusedError
 from harness.processes import Asked, Listed, Side
@@ -81,6 +81,39 @@ def test_code_without_a_commit_has_no_baseline(tmp_path):
         pytest.raises(RefusedError, match="has no commit: a baseline says whose code it is"),
     ):
         stored_check.calibrate(side, LISTED, ASKED, "why")
+
+
+def test_code_that_git_ignores_has_no_baseline(repository):
+    (repository / ".git" / "info" / "exclude").write_text("mine_guards.py\n")
+    (repository / "mine_guards.py").write_text(GUARDS)
+    with (
+        trees.working(Path("mine_guards.py")) as side,
+        pytest.raises(RefusedError, match=r"git ignores .*mine_guards\.py: .* commit it first"),
+    ):
+        stored_check.calibrate(side, LISTED, ASKED, "why")
+
+
+def test_a_repository_without_a_commit_has_no_baseline(repository):
+    git(repository, "update-ref", "-d", "HEAD")
+    with (
+        trees.working(Path("guards.py")) as side,
+        pytest.raises(RefusedError, match="has no commit: a baseline says whose code it is"),
+    ):
+        stored_check.calibrate(side, LISTED, ASKED, "why")
+
+
+def test_there_is_no_baseline_of_no_cell(repository):
+    with (
+        trees.working(Path("guards.py")) as side,
+        pytest.raises(RefusedError, match="there is no cell to take a baseline of"),
+    ):
+        stored_check.calibrate(side, Listed([], HERE), ASKED, "why")
+
+
+def test_a_name_that_no_cell_has_is_not_accepted(monkeypatch, kept):
+    monkeypatch.setattr(stored_check, "clean_commit", lambda side: "beef")
+    with pytest.raises(ValueError, match="unknown cell 'typo'"):
+        stored_check.update(kept, SIDE, LISTED, ASKED, "why", ["ssd*", "typo"])
 
 
 def test_a_red_check_is_not_written(monkeypatch, kept):

@@ -1,6 +1,6 @@
 import pytest
 
-from guarded import GUARDS, SLOW, commit
+from guarded import GUARDS, SLOW, commit, git
 from harness import processes, trees
 from harness.processes import Asked
 
@@ -74,6 +74,48 @@ def test_where_nothing_differs_nothing_is_compared(repository):
             seconds(old)
 
 
+@pytest.mark.parametrize("variable", ["GIT_INDEX_FILE", "GIT_DIR", "GIT_WORK_TREE"])
+def test_in_a_hook_of_git_nothing_of_the_repository_changes(repository, monkeypatch, variable):
+    """There git names its index, which is about to become a commit, or another repository."""
+    index = repository / ".git" / "index"
+    (repository / "src" / "mine.py").write_text(SLOW)
+    (repository / "more.py").write_text("")
+    git(repository, "add", "-A")
+    before = index.read_bytes()
+    places = {"GIT_INDEX_FILE": index, "GIT_DIR": repository / "src", "GIT_WORK_TREE": "src"}
+    monkeypatch.setenv(variable, str(places[variable]))
+    with trees.working(repository / "guards.py") as now, trees.beside(now, "HEAD") as (old, _):
+        assert now.tree == repository
+        assert "0.002" in (old.tree / "src" / "mine.py").read_text()
+        assert not (old.tree / "more.py").exists()
+    assert index.read_bytes() == before
+
+
+def test_hooks_are_not_run_and_no_worktree_is_made(repository):
+    hook = repository / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    with trees.working(repository / "guards.py") as now, trees.beside(now, "HEAD") as (old, _):
+        assert (old.tree / "guards.py").is_file()
+        assert not (repository / ".git" / "worktrees").exists()
+
+
+def test_files_that_archives_leave_out_are_in_the_tree(repository):
+    (repository / ".gitattributes").write_text("guards.py export-ignore\n")
+    commit(repository)
+    with trees.working(repository / "guards.py") as now, trees.beside(now, "HEAD") as (old, _):
+        assert old.path == old.tree / "guards.py"
+
+
+def test_a_shallow_clone_is_said_to_be_one(repository, tmp_path):
+    (repository / "more.py").write_text("")
+    commit(repository)
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{repository}", "shallow")
+    with pytest.raises(ValueError, match=r"'HEAD~1' in .*, a shallow clone: git fetch"):
+        trees.commit_of(tmp_path / "shallow", "HEAD~1")
+
+
 @pytest.mark.parametrize("reference", ["nowhere", "--help"])
 def test_a_commit_that_is_not_there_is_said(repository, reference):
     with (
@@ -89,7 +131,7 @@ def test_outside_of_a_repository_there_is_nothing_beside(tmp_path):
     with trees.working(tmp_path / "guards.py") as now:
         assert now.tree is None
         with (
-            pytest.raises(ValueError, match="lies in no git repository"),
+            pytest.raises(ValueError, match=r"lies in no git repository \(git rev-parse: fatal"),
             trees.beside(now, "HEAD"),
         ):
             pass
@@ -102,3 +144,9 @@ def test_python_files_that_git_does_not_know_are_uncommitted(repository):
     (repository / "more.py").write_text("")
     (repository / "src" / "mine.py").write_text(SLOW)
     assert trees.uncommitted(repository) == ["src/mine.py", "more.py"]
+
+
+def test_without_git_there_is_no_repository(repository, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="git cannot be run: No such file"):
+        trees.repository(repository)
