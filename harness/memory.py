@@ -28,7 +28,8 @@ def peak(function: Callable[[], object], device: str = "cpu") -> Peak:
 
     Call it warm: what a first call loads or compiles would count. On a CPU the high-water mark of
     resident memory (VmHWM, proc(5)) is reset by writing 5 to /proc/self/clear_refs; holes that the
-    C library cannot use again count, as they do for whoever needs the memory.
+    C library cannot use again count, as they do for whoever needs the memory. So does the rest of a
+    huge page (2 MB), where NumPy has asked for such ones (NUMPY_MADVISE_HUGEPAGE).
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -2,6 +2,10 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+# For a large array NumPy asks for huge pages, and whatever lies there later, in another test, takes
+# memory in whole ones: its peak would not be its own. NumPy reads this as it is imported.
+os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
+
 import pytest
 import torch
 
