@@ -142,20 +142,21 @@ def confirmed(first: Row, again: Row, both: Row) -> Row:
     """A cell that was beyond what counts, once it was measured again.
 
     Args:
-        first: changed, or inconclusive.
+        first: changed, inconclusive, or watched.
         again: in fresh pairs.
         both: all pairs together.
 
     Returns:
-        Of a change what the fresh pairs say alone; of a cell that was inconclusive what all of
-        them say, a change only where the fresh ones too are beyond what counts.
+        Of a change what the fresh pairs say alone; of a cell that was inconclusive, or that was too
+        noisy in either round, what all of them say, a change only where the fresh ones too are
+        beyond what counts.
     """
     said = f"{first.verdict} {first.change.ratio:.3f}" if first.change else str(first.verdict)
     if again.verdict == Verdict.NEW:  # it ran before
         return replace(again, verdict=Verdict.FAILED, why=f"{said} before; {again.why}")
     if again.verdict == Verdict.FAILED:
         return again
-    if first.verdict in CHANGED:
+    if first.verdict in CHANGED and again.verdict != Verdict.TRACK_ONLY:
         if again.verdict == first.verdict:
             return again
         return replace(again, why=f"{UNCONFIRMED}: {said} before; {again.why}".rstrip("; "))
@@ -166,7 +167,7 @@ def confirmed(first: Row, again: Row, both: Row) -> Row:
 
 def _beyond(row: Row) -> bool:
     """Whether a cell's estimate is beyond what counts."""
-    if row.change is None or row.limit is None or row.verdict == Verdict.TRACK_ONLY:
+    if row.change is None or row.limit is None:
         return False
     return not 1 / row.limit <= row.change.ratio <= row.limit
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from harness import check, processes
+from harness import check, processes, verdicts
 from harness.check import OnProcess
 from harness.judged import Row, chosen, refuse_unknown
 from harness.processes import Asked, Side
@@ -31,7 +31,8 @@ class Rates:
         cells: names of all cells.
         rows: how often one was compared with itself.
         gating: how often it gated then; what follows is of these.
-        alarms: names of those that were anything but the same or inconclusive, once confirmed.
+        alarms: names of all that were anything but the same, inconclusive or watched, once
+            confirmed.
         unconfirmed: how many seemed to have changed, and did not when measured again.
         inconclusive: how many were inconclusive.
         slowed: by share of slow-down, how many cells that gated were made slower.
@@ -114,18 +115,21 @@ def run(
             side, other, cells, asked, pairs, lambda step, *at: on_process(f"{what}, {step}", *at)
         )
 
+    def gating_of(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if _gates(row, asked.device)]
+
     rows: list[Row] = []
-    while (gating := sum(map(_gates, rows))) < compared:
+    while (gating := len(gating_of(rows))) < compared:
         again = replace(side, name="now again")
         rows += against(again, f"against itself, {gating} of {compared} cells")
-        if not any(map(_gates, rows)):
+        if not gating_of(rows):
             raise ValueError(f"no cell gates here: {'; '.join(row.why for row in rows[:3])}")
     slowed, missed = {}, {}
     for share in SHARES:
         name = f"{share:.0%} slower"
-        found = against(replace(side, name=name, slowed=share), name)
-        slowed[share] = sum(map(_gates, found))
-        missed[share] = [r.name for r in found if _gates(r) and r.verdict != Verdict.REGRESSION]
+        found = gating_of(against(replace(side, name=name, slowed=share), name))
+        slowed[share] = len(found)
+        missed[share] = [row.name for row in found if row.verdict != Verdict.REGRESSION]
     noise = {name: [r.noise for r in rows if r.name == name and r.noise] for name in cells}
     return Rates(
         cells=cells,
@@ -140,5 +144,6 @@ def run(
     )
 
 
-def _gates(row: Row) -> bool:
-    return row.verdict != Verdict.TRACK_ONLY
+def _gates(row: Row, device: str) -> bool:
+    """Whether a cell is one of the rates: a noisy one that its bounds give away is no find."""
+    return row.old_ms is None or verdicts.tracked_only(row.old_ms, row.noise, device) is None

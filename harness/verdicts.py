@@ -27,10 +27,9 @@ FEWEST = 7  # processes a side; 2^-7 < 1 - CONFIDENCE: under seven pairs there i
 LEAST_CHANGE = 0.05  # of the time: below it no change counts
 FLOORS = 3  # times the noise of the cell against itself that a change must exceed
 LEAST_MS = {"cpu": 0.05, "cuda": 0.002}  # a change below it does not count
-# Cells whose time or noise is beyond these are watched, and stop nobody.
+# Cells whose time or noise is beyond these are watched: they stop somebody only by their bounds.
 SHORTEST_MS = 0.01
 NOISIEST = 0.05
-GROSS = 2.0  # unless the ratio is surely above it
 TIMES_MS = (1e-9, 1e9)  # what can be a time, or a ratio of two
 DRAWS = 2000  # of signs or halves, for the noise of a cell against itself
 
@@ -154,7 +153,7 @@ def limit(ms: float, floor: float | None, device: str) -> float:
 
 
 def tracked_only(ms: float, floor: float | None, device: str) -> str | None:
-    """Why a cell of this time and noise is watched only; None where it may stop somebody."""
+    """Why a cell of this time and noise is watched only; None where its ratio is enough."""
     if ms < SHORTEST_MS:
         return f"under {1e3 * SHORTEST_MS:g} µs"
     if floor is not None and floor > NOISIEST:
@@ -168,9 +167,9 @@ def verdict(found: Change, limit: float, *, watched: bool = False) -> Verdict:
     Args:
         found: the change.
         limit: as of the function of that name.
-        watched: whether the cell is short or noisy, so that only a gross slow-down counts.
+        watched: whether the cell is short or noisy: its lower bound must exceed `limit` too.
     """
-    if watched and not found.low > max(GROSS, limit):
+    if watched and not found.low > limit:
         return Verdict.TRACK_ONLY
     if found.low > 1 and found.ratio > limit:
         return Verdict.REGRESSION

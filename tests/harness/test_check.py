@@ -99,11 +99,22 @@ def test_a_number_that_is_no_time_is_red(value):
 def test_noise_of_the_old_processes_raises_what_counts(monkeypatch):
     row = check.judged("a", said(*drawn(noise=0.06)), said(*drawn(1.3, seed=1)), "cpu")
     assert row.limit == 1 + 3 * row.noise > 1.05
-    told(monkeypatch, {"a": 2.0}, noise=0.2)
+    told(monkeypatch, {"a": 1.2}, {"a": 1.2}, noise=0.2)
     (row,) = check.compare(OLD, NEW, ["a"], Asked())
     assert (row.verdict, row.why) == (
         Verdict.TRACK_ONLY, f"noise {row.noise:.1%} against itself",
     )  # fmt: skip
+
+
+def test_a_slow_down_that_noise_cannot_explain_is_found_in_a_noisy_cell_too(monkeypatch):
+    told(monkeypatch, {"a": 2.0}, {"a": 2.0}, noise=0.2)
+    (row,) = check.compare(OLD, NEW, ["a"], Asked())
+    assert (row.verdict, row.why) == (
+        Verdict.REGRESSION, f"noise {row.noise:.1%} against itself",
+    )  # fmt: skip
+    told(monkeypatch, {"a": 2.0}, {}, noise=0.2)
+    (row,) = check.compare(OLD, NEW, ["a"], Asked())
+    assert row.verdict == Verdict.INCONCLUSIVE
 
 
 def row_of(verdict, ratio):
@@ -112,6 +123,15 @@ def row_of(verdict, ratio):
 
 
 @pytest.mark.parametrize(
+    ("first", "fresh"),
+    [
+        (Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
+        (Verdict.TRACK_ONLY, Verdict.TRACK_ONLY),
+        (Verdict.TRACK_ONLY, Verdict.REGRESSION),
+        (Verdict.REGRESSION, Verdict.TRACK_ONLY),
+    ],
+)
+@pytest.mark.parametrize(
     ("again", "both", "verdict"),
     [
         (1.1, 1.1, Verdict.REGRESSION),
@@ -119,9 +139,9 @@ def row_of(verdict, ratio):
         (0.9, 1.1, Verdict.INCONCLUSIVE),
     ],
 )
-def test_what_was_inconclusive_is_judged_by_all_pairs(again, both, verdict):
-    first = row_of(Verdict.INCONCLUSIVE, 1.08)
-    again, both = row_of(Verdict.INCONCLUSIVE, again), row_of(Verdict.REGRESSION, both)
+def test_what_one_round_cannot_tell_is_judged_by_all_pairs(first, fresh, again, both, verdict):
+    first = row_of(first, 1.08)
+    again, both = row_of(fresh, again), row_of(Verdict.REGRESSION, both)
     assert check.confirmed(first, again, both).verdict == verdict
     same = replace(both, verdict=Verdict.SAME)
     assert check.confirmed(first, again, same).verdict == Verdict.SAME
@@ -134,6 +154,12 @@ def test_a_cell_that_is_beyond_what_counts_but_not_surely_is_measured_again(monk
     monkeypatch.setattr(processes, "pairs", lambda *a, **_: (seen.append(a), (old, new))[1])
     (row,) = check.compare(OLD, NEW, ["a"], Asked())
     assert len(seen) == 2
+    assert (row.verdict, row.change.processes) == (Verdict.REGRESSION, 24)
+
+
+def test_so_is_a_cell_that_is_beyond_what_counts_and_too_noisy(monkeypatch):
+    told(monkeypatch, {"a": 1.2}, {"a": 1.2}, noise=0.18)
+    (row,) = check.compare(OLD, NEW, ["a"], Asked())
     assert (row.verdict, row.change.processes) == (Verdict.REGRESSION, 24)
 
 

@@ -65,12 +65,17 @@ def test_rates_are_of_cells_that_gate(monkeypatch):
     said = iter([Verdict.SAME, Verdict.REGRESSION, Verdict.REGRESSION])
 
     def compare(*_):
-        noisy = Row(name="b", verdict=Verdict.TRACK_ONLY, noise=0.1)
-        return [Row(name="a", verdict=next(said), noise=0.01), noisy]
+        verdict = next(said)
+        noisy = Verdict.TRACK_ONLY if verdict == Verdict.SAME else verdict  # by its bounds
+        return [
+            Row(name="a", verdict=verdict, old_ms=1.0, noise=0.01),
+            Row(name="b", verdict=noisy, old_ms=1.0, noise=0.1),
+            Row(name="c", verdict=noisy, old_ms=0.009, noise=0.01),
+        ]
 
     monkeypatch.setattr(check, "compare", compare)
     found = self_test.run(SIDE, Asked(), compared=1)
-    assert (found.rows, found.gating, found.sound) == (2, 1, True)
+    assert (found.rows, found.gating, found.sound) == (3, 1, True)
     assert (found.slowed, found.missed) == ({0.2: 1, 0.1: 1}, {0.2: [], 0.1: []})
 
 

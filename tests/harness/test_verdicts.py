@@ -153,13 +153,13 @@ def test_cells_that_tell_nothing_are_watched_only(ms, floor, device, why):
 @pytest.mark.parametrize(
     ("low", "limit", "verdict"),
     [
-        (1.9, 1.15, Verdict.TRACK_ONLY),
-        (2.1, 1.15, Verdict.REGRESSION),
+        (1.1, 1.15, Verdict.TRACK_ONLY),
+        (1.2, 1.15, Verdict.REGRESSION),
         (2.1, 2.5, Verdict.TRACK_ONLY),  # of noise 50 %
         (2.6, 2.5, Verdict.REGRESSION),
     ],
 )
-def test_a_cell_that_is_watched_stops_somebody_where_it_surely_takes_twice_as_long(
+def test_a_cell_that_is_watched_stops_somebody_where_its_bound_is_beyond_what_counts(
     low, limit, verdict
 ):
     found = Change(ratio=3, low=low, high=4, processes=12)
