@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import baseline, guards, measured, stored_check
+from harness import baseline, guard_times, guards, measured, stored_check
 from harness.baseline import BaselineError
 from harness.environment import same_place
 from harness.processes import Times
@@ -192,5 +192,15 @@ def test_the_suite_writes_what_is_judged(tmp_path):
     assert times.ms(name)[0] > 0
     assert times.environment["threads"] > 0
     assert not same_place(times.environment, HERE)
-    stats = json.loads(path.read_text())["benchmarks"][0]["stats"]
-    assert times.ms(name)[0] == pytest.approx(1e3 * stats["median"], rel=1)
+
+
+def test_a_cell_is_timed_in_milliseconds(tmp_path):
+    """By a call that cannot take less than 20 of them."""
+    path = tmp_path / "guards.py"
+    path.write_text(
+        "import time\n"
+        "from harness.guards import Guard\n"
+        'GUARDS = [Guard("sleeps", lambda: time.sleep(0.02))]\n'
+    )
+    metrics, _ = guard_times.measure("sleeps", "cpu", path, anchors=False, checked=False)
+    assert 20 <= metrics["cell_ms"] < 2000
